@@ -1,0 +1,17 @@
+"""The embedded model and texts, so that everything works without a network."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+TextName = Literal["calibration", "validation", "evaluation"]
+
+
+def model_path() -> Path:
+    """Directory of the embedded model pico-8m, as transformers reads it."""
+    return Path(str(resources.files(__name__))) / "pico-8m"
+
+
+def text(name: TextName) -> str:
+    """An embedded text: calibrate on "calibration", tune on "validation", report on "evaluation"."""
+    return (resources.files(__name__) / "text" / f"{name}.txt").read_bytes().decode()
