@@ -13,5 +13,5 @@ def model_path() -> Path:
 
 
 def text(name: TextName) -> str:
-    """An embedded text: calibrate on "calibration", tune on "validation", report on "evaluation"."""
+    """An embedded text: calibrate on the first, tune on the second, report on the third."""
     return (resources.files(__name__) / "text" / f"{name}.txt").read_bytes().decode()
