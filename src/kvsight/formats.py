@@ -1,0 +1,320 @@
+"""What the stored bytes mean: row, grouped affine, dense. Kernels and caches dispatch on nothing else.
+
+A format lists its *fields*. A field is a tensor ``[..., rows, width]`` that holds one row for every
+``every`` tokens, so slicing, joining, saving and counting bytes are the same code for all formats.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+from kvsight.packing import MAX_WIDTH, packed_width, unpack_row
+
+
+@dataclass(frozen=True)
+class Field:
+    """One stored tensor: ``width`` items of ``dtype`` for every ``every`` tokens of one head."""
+
+    name: str
+    dtype: torch.dtype
+    width: int
+    every: int = 1
+    meta: bool = False
+
+
+class Format(ABC):
+    """Byte layout of one head's keys or values. ``block`` tokens are committed together."""
+
+    dim: int
+
+    @property
+    @abstractmethod
+    def fields(self) -> tuple[Field, ...]: ...
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @abstractmethod
+    def spec(self) -> dict[str, object]:
+        """JSON-ready description; ``format_from_spec`` is its inverse."""
+
+    @abstractmethod
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        """The numbers that the bytes mean: [..., H, n, stored], fp32 unless dense.
+
+        ``tables`` are the static tensors that the format needs (levels and starts for rows).
+        """
+
+    @property
+    def stored(self) -> int:
+        """Coordinates per token that have any bits."""
+        return self.dim
+
+    @property
+    def block(self) -> int:
+        return max(field.every for field in self.fields)
+
+    def nbytes(self, tokens: int) -> int:
+        """Stored bytes of one head for ``tokens`` tokens, metadata and padding included."""
+        if tokens % self.block:
+            raise KVSightError(
+                f"{self.name} stores whole blocks of {self.block} tokens; got {tokens}. "
+                "Keep the remainder in the dense tail."
+            )
+        return sum(_field_bytes(field, tokens) for field in self.fields)
+
+    def meta_nbytes(self, tokens: int) -> int:
+        """The part of ``nbytes`` that is scales, zero points and norms rather than codes."""
+        return sum(_field_bytes(field, tokens) for field in self.fields if field.meta)
+
+
+def _field_bytes(field: Field, tokens: int) -> int:
+    return tokens // field.every * field.width * field.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Dense(Format):
+    """Plain numbers, ``dim`` per token."""
+
+    dim: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        return f"dense-{_dtype_name(self.dtype)}"
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field("values", self.dtype, self.dim),)
+
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        return tensors[0]
+
+    def spec(self) -> dict[str, object]:
+        return {"kind": "dense", "dim": self.dim, "dtype": _dtype_name(self.dtype)}
+
+
+@dataclass(frozen=True)
+class Row(Format):
+    """One byte row per token: coordinates in bands of falling bit width, no scales, maybe one norm.
+
+    ``widths[i]`` in 0..8 is the width of coordinate i; zeros come last and store nothing.
+    ``norm`` adds the token's root mean square in fp16.
+    """
+
+    widths: tuple[int, ...]
+    norm: bool = False
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= w <= MAX_WIDTH for w in self.widths):
+            raise KVSightError(f"row widths must be 0 to {MAX_WIDTH}; got {self.widths}.")
+        if list(self.widths) != sorted(self.widths, reverse=True):
+            raise KVSightError(
+                f"row widths must fall from first to last; got {self.widths}. Permute the coordinates."
+            )
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return len(self.widths)
+
+    @property
+    def name(self) -> str:
+        low, high = min(self.widths), max(self.widths)
+        return f"row-{low}" if low == high else f"row-{low}to{high}"
+
+    @cached_property
+    def stored(self) -> int:
+        return sum(w > 0 for w in self.widths)
+
+    @property
+    def row_bytes(self) -> int:
+        return packed_width(self.widths)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        codes = Field("codes", torch.uint8, self.row_bytes)
+        return (codes, Field("norm", torch.float16, 1, meta=True)) if self.norm else (codes,)
+
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        """``levels[start + code]``, times the norm where one is stored."""
+        levels, starts = tables
+        codes = unpack_row(tensors[0], self.widths)
+        index = codes.to(torch.int32).add_(starts.to(torch.int32).unsqueeze(-2))
+        y = levels.index_select(0, index.view(-1)).view(index.shape)
+        return y * tensors[1].to(y) if self.norm else y
+
+    def spec(self) -> dict[str, object]:
+        return {"kind": "row", "widths": list(self.widths), "norm": self.norm}
+
+
+@dataclass(frozen=True)
+class Grouped(Format):
+    """Asymmetric integers with an fp16 scale and zero point for each group.
+
+    ``along="channel"``: a group is ``group`` neighbouring channels of one token.
+    ``along="token"``: a group is one channel over a block of ``group`` tokens.
+    """
+
+    dim: int
+    bits: int
+    group: int
+    along: Literal["channel", "token"]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= MAX_WIDTH:
+            raise KVSightError(f"grouped codes have 1 to {MAX_WIDTH} bits; got {self.bits}.")
+        if self.group < 1 or (self.along == "channel" and self.group > self.dim):
+            raise KVSightError(f"group {self.group} does not fit {self.dim} channels.")
+
+    @property
+    def name(self) -> str:
+        return f"grouped-{self.bits}b-{self.along}{self.group}"
+
+    @property
+    def groups(self) -> int:
+        """Scale and zero-point pairs per stored parameter row."""
+        return -(-self.dim // self.group) if self.along == "channel" else self.dim
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        every = 1 if self.along == "channel" else self.group
+        return (
+            Field("codes", torch.uint8, packed_width((self.bits,) * self.dim)),
+            Field("scale", torch.float16, self.groups, every, meta=True),
+            Field("zero", torch.float16, self.groups, every, meta=True),
+        )
+
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        """code · scale + zero."""
+        rows, scale, zero = tensors
+        codes = unpack_row(rows, (self.bits,) * self.dim).float()
+        if self.along == "token":
+            blocks: Tensor = codes.unflatten(-2, (-1, self.group))
+            return (blocks * scale.float().unsqueeze(-2) + zero.float().unsqueeze(-2)).flatten(-3, -2)
+        if self.dim % self.group == 0:
+            cells: Tensor = codes.unflatten(-1, (-1, self.group))
+            return (cells * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).flatten(-2)
+        per_channel = torch.arange(self.dim, device=rows.device) // self.group
+        return codes * scale.float()[..., per_channel] + zero.float()[..., per_channel]
+
+    def spec(self) -> dict[str, object]:
+        return {
+            "kind": "grouped",
+            "dim": self.dim,
+            "bits": self.bits,
+            "group": self.group,
+            "along": self.along,
+        }
+
+
+def format_from_spec(spec: Mapping[str, object]) -> Format:
+    """Rebuild a format from ``Format.spec()``; an unknown kind raises ``KVSightError``."""
+    match spec:
+        case {"kind": "dense", "dim": int(dim), "dtype": str(dtype)}:
+            return Dense(dim, dtype_from_name(dtype))
+        case {"kind": "row", "widths": list(widths), "norm": bool(norm)}:
+            return Row(tuple(int(w) for w in widths), norm)
+        case {
+            "kind": "grouped",
+            "dim": int(dim),
+            "bits": int(bits),
+            "group": int(group),
+            "along": "channel" | "token" as along,
+        }:
+            return Grouped(dim, bits, group, along)
+    raise KVSightError(f"unknown format {dict(spec)!r}; this kvsight knows row, grouped and dense.")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tensors in a format: each ``[batch..., heads, rows, width]``, in the order of ``format.fields``."""
+
+    format: Format
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.tensors[0].shape[-2] * self.format.fields[0].every
+
+    def read(self, tables: tuple[Tensor, ...] = ()) -> Tensor:
+        """``Format.read`` of these tensors."""
+        return self.format.read(self.tensors, tables)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors as allocated."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def narrow(self, start: int, stop: int) -> Self:
+        """Tokens start..stop as views; both must be multiples of the block."""
+        if start % self.format.block or stop % self.format.block:
+            raise KVSightError(
+                f"{self.format.name} is cut at multiples of {self.format.block} tokens; got {start}:{stop}."
+            )
+        pairs = zip(self.format.fields, self.tensors, strict=True)
+        return type(self)(
+            self.format,
+            tuple(t[..., start // f.every : stop // f.every, :] for f, t in pairs),
+        )
+
+    def select(self, batch: Tensor) -> Self:
+        """Rows of the first dimension, in the order of ``batch`` (int64)."""
+        return type(self)(self.format, tuple(t.index_select(0, batch.to(t.device)) for t in self.tensors))
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.format, tuple(t.to(device) for t in self.tensors))
+
+    def contiguous(self) -> Self:
+        """Copies of their own memory, so that what a view was cut from can be freed."""
+        return type(self)(
+            self.format, tuple(t.clone(memory_format=torch.contiguous_format) for t in self.tensors)
+        )
+
+
+def concat(parts: Sequence[Packed]) -> Packed:
+    """Join along tokens; the bytes of each part are copied unchanged."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*(p.tensors for p in parts), strict=True)
+    return Packed(parts[0].format, tuple(torch.cat(column, dim=-2) for column in columns))
+
+
+def empty(format: Format, lead: tuple[int, ...], device: torch.device | str) -> Packed:
+    """Zero tokens for leading dimensions ``lead`` = (batch..., heads)."""
+    return Packed(
+        format,
+        tuple(torch.empty(*lead, 0, f.width, dtype=f.dtype, device=device) for f in format.fields),
+    )
+
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    for name, known in _DTYPES.items():
+        if known == dtype:
+            return name
+    raise KVSightError(f"dense numbers are stored as {', '.join(_DTYPES)}; got {dtype}.")
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise KVSightError(f"unknown number type {name!r}; known: {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The stored name of a dense number type, such as ``"bfloat16"``."""
+    return _dtype_name(dtype)
