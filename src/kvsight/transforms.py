@@ -1,0 +1,186 @@
+"""Affine maps of head_dim with a dual, closed under composition.
+
+Law: ``<dual(q), forward(k)> + offset(q) == <q, k>`` and ``inverse(forward(x)) == x``. The offset is one
+number per query, which softmax does not see. Every named transform (identity, centre, Hadamard, Haar,
+fold) is such a map, so caches and kernels know one class only.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+
+
+@dataclass(frozen=True)
+class Transform:
+    """y = (x - shift) @ matrix, per head. ``None`` stands for zero or for the identity.
+
+    Shapes: ``shift`` [H or 1, d]; ``matrix`` and ``inverse_matrix`` [H or 1, d, d].
+    """
+
+    dim: int
+    shift: Tensor | None = None
+    matrix: Tensor | None = None
+    inverse_matrix: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H, n, d] to transform coordinates of the same shape."""
+        if self.shift is not None:
+            x = x - self.shift.unsqueeze(-2).to(x)
+        return x if self.matrix is None else x @ self.matrix.to(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """[..., H, n, d] back from transform coordinates."""
+        if self.inverse_matrix is not None:
+            y = y @ self.inverse_matrix.to(y)
+        return y if self.shift is None else y + self.shift.unsqueeze(-2).to(y)
+
+    def dual(self, q: Tensor) -> Tensor:
+        """Queries [..., H, n, d] in the coordinates that score against ``forward(k)``."""
+        return q if self.inverse_matrix is None else q @ self.inverse_matrix.mT.to(q)
+
+    def offset(self, q: Tensor) -> Tensor:
+        """[..., H, n, 1]: what centring took from the score of each query; softmax-null."""
+        if self.shift is None:
+            return q.new_zeros(*q.shape[:-1], 1)
+        return q @ self.shift.unsqueeze(-1).to(q)
+
+    def then(self, after: "Transform") -> "Transform":
+        """This map, then ``after``."""
+        if after.dim != self.dim:
+            raise KVSightError(f"cannot join transforms of head_dim {self.dim} and {after.dim}.")
+        shift = self.shift
+        if after.shift is not None:
+            back = after.shift if self.inverse_matrix is None else _row(after.shift, self)
+            shift = back if shift is None else shift + back
+        return Transform(
+            self.dim,
+            shift,
+            _product(self.matrix, after.matrix),
+            _product(after.inverse_matrix, self.inverse_matrix),
+        )
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, dtype)
+
+        return type(self)(self.dim, move(self.shift), move(self.matrix), move(self.inverse_matrix))
+
+    def stored(self) -> Self:
+        """fp32, with the inverse derived from the rounded matrix: what a plan file gives back."""
+        shift = None if self.shift is None else self.shift.float()
+        if self.matrix is None:
+            return type(self)(self.dim, shift)
+        matrix = self.matrix.float()
+        return type(self)(self.dim, shift, matrix, _inverse(matrix))
+
+    def heads(self, index: list[int]) -> Self:
+        """The transform of a subset of heads; shared tensors stay shared."""
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return t if t is None or t.shape[0] == 1 else t[index]
+
+        return type(self)(self.dim, pick(self.shift), pick(self.matrix), pick(self.inverse_matrix))
+
+
+def _row(shift: Tensor, before: Transform) -> Tensor:
+    assert before.inverse_matrix is not None
+    return (shift.unsqueeze(-2) @ before.inverse_matrix).squeeze(-2)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a @ b
+
+
+def identity(dim: int) -> Transform:
+    """Coordinates as they are."""
+    return Transform(dim)
+
+
+def centre(mean: Tensor) -> Transform:
+    """Subtract a mean [H, d]; a shift shared by all keys of a head is softmax-null (HeadQ, Prop. 1)."""
+    return Transform(mean.shape[-1], shift=mean)
+
+
+def linear(matrix: Tensor, inverse_matrix: Tensor | None = None) -> Transform:
+    """y = x @ matrix, [H or 1, d, d]; the inverse is computed in fp64 when it is not given."""
+    inverse = _inverse(matrix) if inverse_matrix is None else inverse_matrix
+    return Transform(matrix.shape[-1], matrix=matrix, inverse_matrix=inverse)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    inverse: Tensor = torch.linalg.inv(matrix.double())
+    return inverse.to(matrix.dtype)
+
+
+def hadamard(dim: int, seed: int = 0) -> Transform:
+    """Random signs, then an orthogonal map with entries of nearly equal size (fp64, [1, d, d]).
+
+    For d = 2^k·m the map is Hadamard(2^k) ⊗ Hartley(m): the discrete Hartley matrix of odd order is
+    orthogonal, symmetric and has no zero entry, so head_dims such as 80 or 96 mix fully.
+    """
+    odd = dim
+    while odd % 2 == 0:
+        odd //= 2
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    base = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
+    for _ in range(int(math.log2(dim // odd))):
+        matrix = torch.kron(matrix, base)
+    matrix = torch.kron(matrix, _hartley(odd))
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (dim,), generator=generator).double() * 2 - 1
+    return _orthogonal(signs.unsqueeze(-1) * matrix)
+
+
+def _hartley(order: int) -> Tensor:
+    n = torch.arange(order, dtype=torch.float64)
+    angle = 2 * math.pi * (n[:, None] * n[None, :]) / order
+    return (angle.cos() + angle.sin()) / math.sqrt(order)
+
+
+def haar(dim: int, seed: int = 0) -> Transform:
+    """A rotation drawn uniformly from the orthogonal group (fp64, [1, d, d])."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return _orthogonal(q * r.diagonal().sign())
+
+
+def _orthogonal(matrix: Tensor) -> Transform:
+    return linear(matrix.unsqueeze(0), matrix.T.contiguous().unsqueeze(0))
+
+
+def sqrtm(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """(A^½, A^-½) of positive definite matrices [..., d, d], fp64."""
+    values, vectors = torch.linalg.eigh(symmetric.double())
+    if float(values.min()) <= 0:
+        raise KVSightError(
+            f"the metric must be positive definite; its smallest eigenvalue is {values.min():.3g}. "
+            "Shrink it towards the identity."
+        )
+    root = vectors * values.sqrt().unsqueeze(-2) @ vectors.mT
+    inverse_root = vectors / values.sqrt().unsqueeze(-2) @ vectors.mT
+    return root, inverse_root
+
+
+def karhunen_loeve(metric: Tensor, covariance: Tensor) -> tuple[Transform, Tensor]:
+    """The transform of ``sight`` and its eigenvalues [H, d], falling.
+
+    With W = metric^½ and W·covariance·W = U Λ Uᵀ, coordinates are y = Λ^-½ Uᵀ W x: uncorrelated, of unit
+    variance, and an error e_i in coordinate i costs λ_i e_i² of metric-weighted error
+    (docs/design.md, section 2). Directions without variance keep scale one.
+    """
+    root, inverse_root = sqrtm(metric)
+    values, vectors = torch.linalg.eigh(root @ covariance.double() @ root)
+    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    floor = values[..., :1] * 1e-12
+    scale = torch.where(values > floor, values, torch.ones_like(values)).sqrt()
+    forward = root @ vectors / scale.unsqueeze(-2)
+    backward = scale.unsqueeze(-1) * vectors.mT @ inverse_root
+    return linear(forward, backward), values

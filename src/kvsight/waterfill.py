@@ -1,0 +1,29 @@
+"""Reverse water-filling: integer bits over coordinates of unequal variance (Cover & Thomas, §10.3.3)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+
+
+def reverse_water_fill(variances: Tensor, bits: int, distortion: Sequence[float]) -> tuple[int, ...]:
+    """Widths 0..len(distortion)-1 that minimise Σ λ_i D(b_i) with Σ b_i = bits.
+
+    Args:
+        variances: [d], falling.
+        bits: total bits to spend, at most d times the largest width.
+        distortion: D(0), D(1), ...: convex and falling, so that taking the largest gains is optimal.
+    """
+    widest = len(distortion) - 1
+    if not 0 <= bits <= widest * len(variances):
+        raise KVSightError(
+            f"cannot spend {bits} bits on {len(variances)} coordinates of at most {widest} bits."
+        )
+    d = torch.tensor(distortion, dtype=torch.float64)
+    gains = variances.double().unsqueeze(-1) * (d[:-1] - d[1:])
+    # a stable sort of step-major gains: ties go to lower steps, then to earlier coordinates
+    order = gains.T.flatten().sort(descending=True, stable=True).indices[:bits]
+    widths = torch.bincount(order % len(variances), minlength=len(variances)).tolist()
+    return tuple(sorted(widths, reverse=True))
