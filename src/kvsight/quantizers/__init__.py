@@ -1,0 +1,1 @@
+"""Reals to codes and back."""
