@@ -1,0 +1,100 @@
+"""A fitted transform and quantizer for some heads of one layer's keys or values."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+from kvsight.formats import Format, Packed
+from kvsight.ops.attend.ref import Coded, Folded
+from kvsight.transforms import Transform
+
+
+class Quantizer(Protocol):
+    """Reals in transform coordinates to codes in one format, and back."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]: ...
+
+    def encode(self, y: Tensor) -> Packed: ...
+
+    def decode(self, packed: Packed) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """encode: [..., H, n, d] to ``Packed``; decode: back. ``name`` is the method that fitted it."""
+
+    name: str
+    transform: Transform
+    quantizer: Quantizer
+
+    @property
+    def format(self) -> Format:
+        return self.quantizer.format
+
+    def encode(self, x: Tensor) -> Packed:
+        """Code whole blocks of tokens. NaN, inf and misfits raise ``KVSightError``."""
+        if x.shape[-1] != self.format.dim:
+            raise KVSightError(
+                f"this codec takes head_dim {self.format.dim}; got {x.shape[-1]}. "
+                "Use the plan that was fitted to this model."
+            )
+        if x.shape[-2] % self.format.block:
+            raise KVSightError(
+                f"encode takes whole blocks of {self.format.block} tokens; got {x.shape[-2]}. "
+                "Keep the remainder in the dense tail."
+            )
+        if not bool(torch.isfinite(x).all()):
+            raise KVSightError(
+                "keys and values must be finite; got NaN or inf. "
+                "Check the model's output (fp16 overflow?) before caching it."
+            )
+        return self.quantizer.encode(self.transform.forward(self._compute(x)))
+
+    def decode(self, packed: Packed) -> Tensor:
+        """[..., H, n, d]; fp32 unless the format is dense."""
+        return self.folded.decode(self.quantizer.decode(packed))
+
+    def _compute(self, x: Tensor) -> Tensor:
+        plain = self.transform.shift is None and self.transform.matrix is None
+        return x if plain else x.to(torch.promote_types(x.dtype, torch.float32))
+
+    @cached_property
+    def folded(self) -> Folded:
+        """The transform as attention uses it: only coordinates that have bits."""
+        stored, dim = self.format.stored, self.format.dim
+        inverse = self.transform.inverse_matrix
+        if inverse is None and stored < dim:
+            inverse = torch.eye(dim).unsqueeze(0)
+        if inverse is not None:
+            inverse = inverse[:, :stored].contiguous()
+        return Folded(inverse, self.transform.shift)
+
+    def coded(self, heads: tuple[int, ...], packed: Packed) -> Coded:
+        """What ``ops.attend`` reads: bytes, their tables and the folded transform."""
+        return Coded(heads, packed, self.quantizer.tables, self.folded)
+
+    @property
+    def static_nbytes(self) -> int:
+        """Bytes of calibration tensors: codebooks, matrices and means (inverses are derived)."""
+        tensors = (self.transform.shift, self.transform.matrix, *self.quantizer.tables)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Codec":
+        # fitted tensors never change, so copies of a cache share them
+        return self
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A codec for these KV heads of one side of one layer; its tensors lead with ``len(heads)`` or 1."""
+
+    heads: tuple[int, ...]
+    codec: Codec
