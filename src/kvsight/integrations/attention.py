@@ -1,0 +1,95 @@
+"""Swap a model's attention function for a while. Imports nothing of kvsight but its error type."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvsight.errors import KVSightError
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@contextmanager
+def attention_override(
+    model: PreTrainedModel, name: str, function: AttentionFunction, mask_like: str | None = None
+) -> Iterator[bool]:
+    """Run ``model`` with ``function`` as its attention; yields whether the model listens to it.
+
+    The mask is built as for ``mask_like`` (default: the current implementation); without a registered
+    mask, padding and causality would vanish silently. On exit the old implementation is back.
+    """
+    before = implementations(model)
+    mask_name = before[""] if mask_like is None else mask_like
+    mask = ALL_MASK_ATTENTION_FUNCTIONS.get(mask_name, sdpa_mask)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask)
+    try:
+        if _listens(model):
+            model.set_attn_implementation(name)
+        yield model.config._attn_implementation == name
+    finally:
+        if _listens(model):
+            model.set_attn_implementation(before)
+
+
+def _listens(model: PreTrainedModel) -> bool:
+    # models without the interface ignore the call and log a warning each time
+    check = getattr(model, "_can_set_attn_implementation", None)
+    return True if check is None else bool(check())
+
+
+def implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Names now in use: "" for the model itself, else the key of a sub-config."""
+    names = {"": str(model.config._attn_implementation)}
+    for key in model.config.sub_configs:
+        sub = getattr(model.config, key, None)
+        if sub is not None:
+            names[key] = str(sub._attn_implementation)
+    return names
+
+
+def original(module: nn.Module, name: str) -> AttentionFunction:
+    """The attention function that ``name`` stands for in this module's file."""
+    if name == "eager":
+        eager: AttentionFunction | None = getattr(
+            sys.modules[type(module).__module__], "eager_attention_forward", None
+        )
+        if eager is None:
+            raise KVSightError(
+                f"{type(module).__name__} has no eager attention function to delegate to. "
+                "Load the model with attn_implementation='sdpa'."
+            )
+        return eager
+    function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[name]
+    return function
+
+
+def config_of(module: nn.Module) -> Any:
+    """The config that an attention module reads, or None."""
+    return getattr(module, "config", None)
+
+
+def fused_arguments(kwargs: dict[str, Any]) -> bool:
+    """Whether ``ops.attend`` covers what a model passes beside q, k, v, mask and scaling."""
+    return all(kwargs.get(key) is None for key in ("position_bias", "block_indices", "cache"))
+
+
+def default_scaling(module: nn.Module, q: Tensor, scaling: float | None) -> float:
+    """The softmax scale: as passed, as the module says, or 1/√d."""
+    if scaling is not None:
+        return float(scaling)
+    own = getattr(module, "scaling", None)
+    return float(own) if own is not None else float(q.shape[-1]) ** -0.5
+
+
+def no_grad_forward(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Any:
+    """One forward pass without gradients on the model's device."""
+    with torch.inference_mode():
+        return model(ids.to(model.device), **arguments)

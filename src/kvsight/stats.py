@@ -1,0 +1,130 @@
+"""Mergeable summaries of what attention saw: counts, means, second moments, ranges, read metrics."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over ``count`` vectors per head: first [H, d], outer products [H, d, d], largest |x| [H, d].
+
+    Sums are fp64, so merging is exact to rounding and its order does not matter.
+    """
+
+    count: int
+    total: Tensor
+    outer: Tensor
+    peak: Tensor
+
+    @classmethod
+    def zero(cls, heads: int, dim: int) -> Self:
+        return cls(
+            0,
+            torch.zeros(heads, dim, dtype=torch.float64),
+            torch.zeros(heads, dim, dim, dtype=torch.float64),
+            torch.zeros(heads, dim, dtype=torch.float64),
+        )
+
+    def add(self, x: Tensor) -> Self:
+        """Count the vectors of x [H, n, d]."""
+        x = x.detach().double()
+        if not bool(torch.isfinite(x).all()):
+            raise KVSightError(
+                "the model produced NaN or inf in attention; statistics need finite numbers. "
+                "Check the weights, or load the model in bfloat16 or float32."
+            )
+        return replace(
+            self,
+            count=self.count + x.shape[-2],
+            total=self.total + x.sum(dim=-2).cpu(),
+            outer=self.outer + (x.mT @ x).cpu(),
+            peak=torch.maximum(self.peak, x.abs().amax(dim=-2).cpu()),
+        )
+
+    def merge(self, other: "Moments") -> Self:
+        if self.total.shape != other.total.shape:
+            raise KVSightError(
+                f"cannot merge moments of shapes {tuple(self.total.shape)} and "
+                f"{tuple(other.total.shape)}: they come from different models."
+            )
+        return replace(
+            self,
+            count=self.count + other.count,
+            total=self.total + other.total,
+            outer=self.outer + other.outer,
+            peak=torch.maximum(self.peak, other.peak),
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """[H, d]."""
+        return self.total / self.count
+
+    @property
+    def second(self) -> Tensor:
+        """Uncentred second moment E[x xᵀ], [H, d, d]."""
+        return self.outer / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Cov(x), [H, d, d]."""
+        mean = self.mean
+        return self.second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class SideStats:
+    """Keys or values of one layer.
+
+    ``metric`` [H, d, d] says what an error e costs, eᵀ·metric·e: E[q qᵀ] of the queries that share the
+    KV head for keys, Σ W_Oᵀ W_O of those heads for values. None where the model hides it.
+    ``sample`` [H, n, d] holds a bounded random sample of the vectors themselves.
+    """
+
+    moments: Moments
+    metric: Tensor | None
+    sample: Tensor
+
+    @property
+    def heads(self) -> int:
+        return int(self.moments.total.shape[0])
+
+    @property
+    def dim(self) -> int:
+        return int(self.moments.total.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStats:
+    """One cached layer: its index in the cache, its sliding window (None = full attention), two sides."""
+
+    index: int
+    window: int | None
+    key: SideStats
+    value: SideStats
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """All cached layers, and how many tokens were seen."""
+
+    layers: tuple[LayerStats, ...]
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def shrunk(metric: Tensor | None, side: SideStats, strength: float) -> Tensor:
+    """(1 - s)·M + s·(tr M / d)·I, fp64: positive definite however short the calibration was.
+
+    Without a metric it is the identity, which makes every method fall back to storage-space error.
+    """
+    eye = torch.eye(side.dim, dtype=torch.float64).expand(side.heads, -1, -1)
+    if metric is None:
+        return eye.clone()
+    level = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    return (1 - strength) * metric + strength * level[:, None, None] * eye
