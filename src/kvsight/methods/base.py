@@ -1,0 +1,109 @@
+"""What a method is: a recipe from statistics and a budget to codecs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+import torch
+
+from kvsight.codec import Codec, Placement, Quantizer
+from kvsight.errors import KVSightError
+from kvsight.formats import Format
+from kvsight.retention import Retention
+from kvsight.stats import SideStats
+from kvsight.transforms import Transform
+
+Side = Literal["k", "v"]
+Option = bool | int | float | str
+F = TypeVar("F", bound=Format)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most ``bits`` stored bits per visible element after ``seen`` tokens, exact tokens included."""
+
+    bits: float
+    seen: int
+    retention: Retention
+    dense_dtype: torch.dtype
+
+    def cost(self, form: Format) -> float:
+        """Stored bits per element of one head in this format."""
+        kept = self.retention.stored(self.seen, form.block)
+        dense = kept.dense * form.dim * self.dense_dtype.itemsize
+        return 8 * (form.nbytes(kept.coded) + dense) / (kept.visible * form.dim)
+
+    def coded_bits(self) -> float:
+        """What is left per coded element for a format of single tokens, once exact tokens are paid."""
+        kept = self.retention.stored(self.seen, 1)
+        if kept.coded == 0:
+            return self.bits
+        dense = kept.dense * 8 * self.dense_dtype.itemsize
+        return (self.bits * kept.visible - dense) / kept.coded
+
+    def best(self, candidates: Sequence[F], method: str) -> F:
+        """The dearest affordable candidate (the first of equals); raises when none is."""
+        affordable = [form for form in candidates if self.cost(form) <= self.bits + 1e-9]
+        if affordable:
+            return max(affordable, key=self.cost)
+        cheapest = min(self.cost(form) for form in candidates)
+        raise KVSightError(
+            f"{method} cannot meet {self.bits:.4g} bits; its cheapest configuration here stores "
+            f"{cheapest:.4g}. Raise the budget or choose another method."
+        )
+
+
+class Build(Protocol):
+    """(side, stats, budget, options) to one placement per group of heads that share a format."""
+
+    def __call__(
+        self, side: Side, stats: SideStats, budget: Budget, options: Mapping[str, Option]
+    ) -> tuple[Placement, ...]: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method. ``options`` are its settings with their defaults.
+
+    ``fine`` methods take any whole number of bytes per row, so a fractional budget is spread over
+    layers; the others round down to their next configuration.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    build: Build
+    options: Mapping[str, Option] = field(default_factory=dict)
+    fine: bool = False
+
+    def with_defaults(self, options: Mapping[str, object]) -> dict[str, Option]:
+        """All options, given ones first; unknown names and misfitting values raise."""
+        merged: dict[str, Option] = dict(self.options)
+        for name, value in options.items():
+            if name not in self.options:
+                known = ", ".join(f"{k}={v}" for k, v in self.options.items()) or "none"
+                raise KVSightError(f"{self.name} has no option {name!r}; its options: {known}.")
+            merged[name] = _like(self.name, name, self.options[name], value)
+        return merged
+
+
+def _like(method: str, name: str, default: Option, value: object) -> Option:
+    """``value`` (perhaps text from a command line) as the type of ``default``."""
+    kind = type(default)
+    if kind is bool and str(value).lower() in ("true", "1", "yes", "false", "0", "no"):
+        return str(value).lower() in ("true", "1", "yes")
+    if kind is not bool:
+        try:
+            return kind(str(value))
+        except ValueError:
+            pass
+    raise KVSightError(
+        f"{method} option {name!r} takes {kind.__name__} (default {default}); got {value!r}."
+    )
+
+
+def all_heads(
+    name: str, stats: SideStats, transform: Transform, quantizer: Quantizer
+) -> tuple[Placement, ...]:
+    """One placement for every head of the layer."""
+    return (Placement(tuple(range(stats.heads)), Codec(name, transform, quantizer)),)
