@@ -1,0 +1,48 @@
+"""Tell models apart: a hash of what shapes the cache, the same on every transformers version."""
+
+from typing import Any
+
+from kvsight.errors import KVSightError
+from kvsight.plan import Plan, digest
+
+_STRUCTURE = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "sliding_window",
+    "layer_types",
+)
+
+
+def fingerprint(model: Any) -> str:
+    """sha256 over the structural part of the config and the names and shapes of the weights."""
+    config = model.config
+    text = getattr(config, "get_text_config", lambda: config)()
+    structure = {key: getattr(text, key, None) for key in _STRUCTURE}
+    weights = sorted((name, list(p.shape)) for name, p in model.named_parameters())
+    return digest({"config": structure, "weights": weights})
+
+
+def check_model(plan: Plan, model: Any) -> None:
+    """Raise unless the plan was fitted to a model of this structure."""
+    if fingerprint(model) == plan.fingerprint:
+        return
+    made = _describe(plan.config)
+    here = _describe(model.config.to_dict())
+    raise KVSightError(
+        f"the plan was made for another model ({made}); this one is {here}. "
+        "Fit a plan to this model: kvsight fit MODEL."
+    )
+
+
+def _describe(config: Any) -> str:
+    text = config.get("text_config") or config
+    keys = ("num_hidden_layers", "num_key_value_heads", "hidden_size", "vocab_size")
+    labels = ("layers", "KV heads", "wide", "tokens")
+    parts = [f"{text[k]} {label}" for k, label in zip(keys, labels, strict=True) if k in text]
+    return ", ".join([str(config.get("model_type", "unknown")), *parts])
