@@ -1,0 +1,1 @@
+"""The packed cache, free of any engine: immutable states and pure functions on them."""

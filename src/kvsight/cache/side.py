@@ -1,0 +1,210 @@
+"""Keys or values of one layer while a model runs: an immutable state, and pure functions on it.
+
+Order in time: exact sinks, coded tokens, exact tail. A token is coded alone or with its block, once;
+appending copies committed bytes unchanged. ``skip`` leading tokens (sliding layers) are held but no
+longer visible.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvsight.codec import Placement
+from kvsight.errors import KVSightError
+from kvsight.formats import Packed, concat, empty
+from kvsight.ops.attend.ref import Coded, Segment, merge_heads
+from kvsight.retention import Retention
+
+
+@dataclass(frozen=True, eq=False)
+class SideState:
+    """``sinks`` and ``tail`` [B, H, n, d] in ``dense_dtype``; ``coded`` one ``Packed`` per placement."""
+
+    placements: tuple[Placement, ...]
+    retention: Retention
+    dense_dtype: torch.dtype
+    sinks: Tensor
+    coded: tuple[Packed, ...]
+    tail: Tensor
+    skip: int = 0
+
+    @property
+    def block(self) -> int:
+        return max(placement.codec.format.block for placement in self.placements)
+
+    @property
+    def visible(self) -> int:
+        held = self.sinks.shape[2] + self.coded[0].tokens + self.tail.shape[2]
+        return int(held) - self.skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as allocated."""
+        dense = sum(t.numel() * t.element_size() for t in (self.sinks, self.tail))
+        return dense + sum(packed.nbytes for packed in self.coded)
+
+    @property
+    def batch(self) -> int:
+        return int(self.tail.shape[0])
+
+
+def start(
+    placements: tuple[Placement, ...], retention: Retention, dense_dtype: torch.dtype, like: Tensor
+) -> SideState:
+    """An empty state for tokens shaped as ``like`` [B, H, n, d]."""
+    heads = sum(len(p.heads) for p in placements)
+    dim = placements[0].codec.format.dim
+    if like.shape[1] != heads or like.shape[3] != dim:
+        raise KVSightError(
+            f"the plan expects {heads} KV heads of dimension {dim}; the model gives "
+            f"{like.shape[1]} of {like.shape[3]}. Use the plan that was fitted to this model."
+        )
+    none = torch.empty(like.shape[0], heads, 0, dim, dtype=dense_dtype, device=like.device)
+    coded = tuple(empty(p.codec.format, (like.shape[0], len(p.heads)), like.device) for p in placements)
+    return SideState(placements, retention, dense_dtype, none, coded, none)
+
+
+def append(state: SideState, x: Tensor) -> SideState:
+    """Add tokens [B, H, n, d], committing every block that is complete and out of the exact window."""
+    if x.shape[0] != state.batch:
+        raise KVSightError(
+            f"the cache holds a batch of {state.batch}; got {x.shape[0]}. "
+            "Reset it, or repeat or select its batch first."
+        )
+    last = state.retention.exact_last
+    if state.block > 1 or last > 0:
+        # tokens may wait in the tail first: rounding all of them keeps codes independent of chunking
+        x = x.to(state.dense_dtype)
+    room = state.retention.exact_first - state.sinks.shape[2]
+    sinks = state.sinks
+    if room > 0:
+        sinks = torch.cat([sinks, x[:, :, :room].to(state.dense_dtype)], dim=2)
+        x = x[:, :, room:]
+    pool = torch.cat([state.tail, x], dim=2) if state.tail.shape[2] else x
+    commit = max(0, pool.shape[2] - last) // state.block * state.block
+    coded = state.coded
+    if commit:
+        coded = tuple(
+            concat([old, p.codec.encode(_of_heads(pool[:, :, :commit], p.heads))])
+            for old, p in zip(state.coded, state.placements, strict=True)
+        )
+    tail = pool[:, :, commit:].to(state.dense_dtype)
+    return replace(state, sinks=sinks, coded=coded, tail=_owned(tail, pool))
+
+
+def _of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    if heads == tuple(range(x.shape[1])):
+        return x
+    return x[:, heads[0] : heads[0] + 1] if len(heads) == 1 else x[:, list(heads)]
+
+
+def _owned(view: Tensor, whole: Tensor) -> Tensor:
+    """A copy where ``view`` would keep a larger tensor, or the caller's, alive."""
+    return view.clone() if view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() else view
+
+
+def hide(state: SideState, visible: int) -> SideState:
+    """Keep the last ``visible`` tokens in sight and free coded blocks that are wholly out of it."""
+    skip = state.skip + max(0, state.visible - visible)
+    if skip == state.skip:
+        return state
+    freed = min(skip // state.block * state.block, state.coded[0].tokens)
+    if not freed:
+        return replace(state, skip=skip)
+    coded = tuple(packed.narrow(freed, packed.tokens).contiguous() for packed in state.coded)
+    return replace(state, coded=coded, skip=skip - freed)
+
+
+def crop(state: SideState, remove: int) -> SideState:
+    """Forget the last ``remove`` tokens.
+
+    A cut inside a coded block leaves the block's first tokens as decoded numbers in the tail.
+    """
+    if remove <= 0:
+        return state
+    tail = state.tail.shape[2]
+    if remove <= tail:
+        return replace(state, tail=state.tail[:, :, : tail - remove].clone())
+    remove -= tail
+    held = state.coded[0].tokens
+    keep = max(0, held - remove)
+    whole = keep // state.block * state.block
+    coded = tuple(packed.narrow(0, whole).contiguous() for packed in state.coded)
+    rest = state.tail[:, :, :0]
+    if keep > whole:
+        cut = [packed.narrow(whole, whole + state.block) for packed in state.coded]
+        parts = [p.codec.decode(packed) for p, packed in zip(state.placements, cut, strict=True)]
+        rest = merge_heads(parts, [p.heads for p in state.placements])[:, :, : keep - whole]
+    sinks = state.sinks
+    if remove > held:
+        sinks = sinks[:, :, : sinks.shape[2] - (remove - held)].clone()
+    return replace(
+        state,
+        sinks=sinks,
+        coded=coded,
+        tail=rest.to(state.dense_dtype).clone(),
+        skip=min(state.skip, keep),
+    )
+
+
+def select(state: SideState, batch: Tensor) -> SideState:
+    """The sequences ``batch`` (int64), repeats allowed."""
+    index = batch.to(state.tail.device)
+    return replace(
+        state,
+        sinks=state.sinks.index_select(0, index),
+        coded=tuple(packed.select(index) for packed in state.coded),
+        tail=state.tail.index_select(0, index),
+    )
+
+
+def move(state: SideState, device: torch.device | str) -> SideState:
+    return replace(
+        state,
+        sinks=state.sinks.to(device),
+        coded=tuple(packed.to(device) for packed in state.coded),
+        tail=state.tail.to(device),
+    )
+
+
+def segments(state: SideState, last: int | None = None) -> tuple[Segment, ...]:
+    """The visible tokens in order, or the ``last`` of them, for ``ops.attend``."""
+    hidden = state.skip if last is None else state.skip + max(0, state.visible - last)
+    out: list[Segment] = []
+    sinks = state.sinks[:, :, min(hidden, state.sinks.shape[2]) :]
+    hidden -= state.sinks.shape[2] - sinks.shape[2]
+    if sinks.shape[2]:
+        out.append(Segment(sinks.shape[2], dense=sinks))
+    held = state.coded[0].tokens
+    skip = min(hidden, held)
+    if held > skip:
+        out.append(Segment(held - skip, coded=_coded(state), skip=skip))
+    tail = state.tail[:, :, hidden - skip :]
+    if tail.shape[2] or not out:
+        out.append(Segment(tail.shape[2], dense=tail))
+    return tuple(out)
+
+
+def _coded(state: SideState) -> tuple[Coded, ...]:
+    pairs = zip(state.placements, state.coded, strict=True)
+    return tuple(p.codec.coded(p.heads, packed) for p, packed in pairs)
+
+
+def tensors(state: SideState) -> dict[str, Tensor]:
+    """Every stored tensor by name, for a file."""
+    out = {"sinks": state.sinks, "tail": state.tail}
+    for i, packed in enumerate(state.coded):
+        pairs = zip(packed.format.fields, packed.tensors, strict=True)
+        out.update({f"{i}.{stored.name}": tensor for stored, tensor in pairs})
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+def restore(state: SideState, stored: Mapping[str, Tensor], skip: int) -> SideState:
+    """The state whose ``tensors`` were ``stored``; ``state`` is an empty one of the same plan."""
+    coded = tuple(
+        Packed(packed.format, tuple(stored[f"{i}.{f.name}"] for f in packed.format.fields))
+        for i, packed in enumerate(state.coded)
+    )
+    return replace(state, sinks=stored["sinks"], coded=coded, tail=stored["tail"], skip=skip)

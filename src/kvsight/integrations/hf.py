@@ -1,0 +1,359 @@
+"""kvsight inside transformers: the cache, and attention straight on its codes."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvsight.atomic import replace_file
+from kvsight.cache import side as sides
+from kvsight.cache.packed import PackedKV, Reads
+from kvsight.cache.side import SideState
+from kvsight.errors import KVSightError
+from kvsight.fingerprint import check_model, fingerprint
+from kvsight.integrations.attention import (
+    attention_override,
+    default_scaling,
+    fused_arguments,
+    implementations,
+    original,
+)
+from kvsight.ops.attend import Segment, attend
+from kvsight.plan import SIDES, LayerPlan, Plan
+from kvsight.planfile import plan_hash
+
+ATTENTION = "kvsight"
+
+
+class PackedLayer(CacheLayerMixin):
+    """Full attention: every token is kept, coded by the plan."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, plan: Plan, layer: LayerPlan, reads: Reads, raw_prefill: bool) -> None:
+        super().__init__()
+        self.plan, self.layer, self.reads, self.raw_prefill = plan, layer, reads, raw_prefill
+        self.key_state: SideState | None = None
+        self.value_state: SideState | None = None
+        self.cumulative_length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        retention = self.plan.retention(self.layer)
+        dense = self.plan.dense_dtype
+        self.key_state = sides.start(self.layer.key, retention, dense, key_states)
+        self.value_state = sides.start(self.layer.value, retention, dense, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Code the new tokens; return handles to all visible ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.key_state is not None and self.value_state is not None
+        before = self.key_state, self.value_state
+        key = sides.append(self.key_state, key_states)
+        value = sides.append(self.value_state, value_states)
+        self.cumulative_length += key_states.shape[2]
+        self.key_state, self.value_state = self._retain(key), self._retain(value)
+        if self.raw_prefill and key_states.shape[2] > 1:
+            return (
+                self._handle(self._segments(before[0]), key_states, fresh=key_states),
+                self._handle(self._segments(before[1]), value_states, fresh=value_states),
+            )
+        last = self._shown(key_states.shape[2])
+        return (
+            self._handle(sides.segments(key, last), key_states),
+            self._handle(sides.segments(value, last), value_states),
+        )
+
+    def _segments(self, state: SideState) -> tuple[Segment, ...]:
+        return sides.segments(state) if state.visible else ()
+
+    def _handle(self, segments: tuple[Segment, ...], like: Tensor, fresh: Tensor | None = None) -> PackedKV:
+        if fresh is not None:
+            segments = (*segments, Segment(fresh.shape[2], dense=fresh))
+        return PackedKV(segments, like, self.reads)
+
+    def _retain(self, state: SideState) -> SideState:
+        return state
+
+    def _shown(self, new: int) -> int | None:
+        return None
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of ``get_max_length`` before transformers 5.16."""
+        return self.get_max_length()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in (self.key_state, self.value_state) if state is not None)
+
+    def reset(self) -> None:
+        self.key_state = self.value_state = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens; a positive number is the length to keep."""
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.cumulative_length)
+        remove = min(-tokens_to_remove, self.cumulative_length)
+        self._each(lambda state: sides.crop(state, remove))
+        self.cumulative_length -= remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda state: sides.select(state, beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda state: sides.select(state, torch.arange(state.batch).repeat_interleave(repeats)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        def chosen(state: SideState) -> SideState:
+            return sides.select(state, torch.arange(state.batch)[indices.cpu()])
+
+        self._each(chosen)
+
+    def offload(self) -> None:
+        self._each(lambda state: sides.move(state, "cpu"))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._each(lambda state: sides.move(state, self.device))
+
+    def _each(self, change: Any) -> None:
+        if self.key_state is not None and self.value_state is not None:
+            self.key_state, self.value_state = change(self.key_state), change(self.value_state)
+
+
+class PackedSlidingLayer(PackedLayer):
+    """Sliding window of the model: blocks that left it are freed."""
+
+    is_sliding = True
+
+    def __init__(self, plan: Plan, layer: LayerPlan, reads: Reads, raw_prefill: bool) -> None:
+        super().__init__(plan, layer, reads, raw_prefill)
+        assert layer.window is not None
+        self.sliding_window = layer.window
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Keep everything until the next ``crop`` (assisted decoding may roll back)."""
+        self.record_past = True
+
+    def _retain(self, state: SideState) -> SideState:
+        return state if self.record_past else sides.hide(state, self.sliding_window - 1)
+
+    def _shown(self, new: int) -> int | None:
+        return self.sliding_window - 1 + new
+
+    def _segments(self, state: SideState) -> tuple[Segment, ...]:
+        return sides.segments(state, self.sliding_window - 1) if state.visible else ()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        offset = max(self.cumulative_length - self.sliding_window + 1, 0)
+        return min(self.cumulative_length, self.sliding_window - 1) + query_length, offset
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def crop(self, tokens_to_remove: int) -> None:
+        full = self.cumulative_length >= self.sliding_window
+        if full and not self.record_past and tokens_to_remove != 0:
+            raise KVSightError(
+                "a sliding layer cannot be cropped past its window unless it records the past; "
+                "call cache.activate_past_recording() first."
+            )
+        super().crop(tokens_to_remove)
+        if full:
+            self._each(lambda state: sides.hide(state, self.sliding_window - 1))
+
+
+class PackedCache(Cache):
+    """A transformers cache that holds a plan's packed rows.
+
+    Args:
+        plan: what to store and how.
+        config: the model's config; by default rebuilt from the plan.
+        prefill: "packed" (default) lets every query read coded keys and values, so that one forward
+            pass measures the cache; "raw" lets the tokens of one call of more than one token see each
+            other uncompressed, as most serving engines do.
+
+    ``model.generate(ids, past_key_values=PackedCache(plan))`` works as it is; inside
+    ``kvsight.enable(model)`` attention runs on the codes.
+    """
+
+    def __init__(
+        self, plan: Plan, config: PreTrainedConfig | None = None, *, prefill: str = "packed"
+    ) -> None:
+        if prefill not in ("packed", "raw"):
+            raise KVSightError(f"prefill is 'packed' or 'raw'; got {prefill!r}.")
+        self.plan, self.prefill = plan, prefill
+        self.reads = Reads(plan)
+        planned = {layer.index: layer for layer in plan.layers}
+        template = DynamicCache(config=config_of(plan) if config is None else config).layers
+        if not template or max(planned, default=0) >= len(template):
+            raise KVSightError(
+                f"the plan has {len(planned)} cached layers, the config {len(template)}. "
+                "Pass the config of the model that the plan was fitted to."
+            )
+        layers = [self._layer(kind, planned.get(i)) for i, kind in enumerate(template)]
+        super().__init__(layers=layers)
+
+    def _layer(self, template: Any, layer: LayerPlan | None) -> Any:
+        # layers that hold no keys and values (linear attention, KV sharing) stay as transformers made them
+        if layer is None:
+            return template
+        kind = {DynamicLayer: PackedLayer, DynamicSlidingWindowLayer: PackedSlidingLayer}
+        packed = kind.get(type(template))
+        if packed is None:
+            return template
+        return packed(self.plan, layer, self.reads, self.prefill == "raw")
+
+    def _packed_layers(self) -> Iterator[PackedLayer]:
+        return (layer for layer in self.layers if isinstance(layer, PackedLayer))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for cached tokens: codes, scales, norms, sinks, window and pending ones."""
+        return sum(layer.nbytes for layer in self._packed_layers())
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache's tokens to one safetensors file; ``load`` needs the same plan."""
+        tensors: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, PackedLayer):
+                raise KVSightError(
+                    f"layer {i} keeps other state than keys and values; this cache cannot be saved."
+                )
+            if layer.key_state is None or layer.value_state is None:
+                continue
+            state[str(i)] = {
+                "length": layer.cumulative_length,
+                "skip": [layer.key_state.skip, layer.value_state.skip],
+                "dtype": str(layer.dtype).removeprefix("torch."),
+            }
+            for name, side in zip(SIDES, (layer.key_state, layer.value_state), strict=True):
+                tensors |= {f"{i}.{name}.{n}": t for n, t in sides.tensors(side).items()}
+        metadata = {"plan": plan_hash(self.plan), "layers": json.dumps(state)}
+        with replace_file(Path(path)) as scratch:
+            save_file(tensors, scratch, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, plan: Plan, config: PreTrainedConfig | None = None) -> "PackedCache":
+        """Read a saved cache; another plan, or a damaged file, raises ``KVSightError``."""
+        cache = cls(plan, config)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise KVSightError(f"{path} is not a readable cache file ({error}).") from error
+        if metadata.get("plan") != plan_hash(plan):
+            raise KVSightError(f"{path} was saved under another plan; load that plan first.")
+        for index, state in json.loads(metadata["layers"]).items():
+            layer = cache.layers[int(index)]
+            assert isinstance(layer, PackedLayer)
+            _restore(layer, index, state, tensors)
+        return cache
+
+
+def _restore(layer: PackedLayer, index: str, state: Any, tensors: dict[str, Tensor]) -> None:
+    stored = {
+        name: {n.split(".", 2)[2]: t for n, t in tensors.items() if n.startswith(f"{index}.{name}.")}
+        for name in SIDES
+    }
+    layer.lazy_initialization(stored["k"]["tail"], stored["v"]["tail"])
+    assert layer.key_state is not None and layer.value_state is not None
+    layer.key_state = sides.restore(layer.key_state, stored["k"], state["skip"][0])
+    layer.value_state = sides.restore(layer.value_state, stored["v"], state["skip"][1])
+    layer.cumulative_length = state["length"]
+    layer.dtype = getattr(torch, state["dtype"])
+
+
+def config_of(plan: Plan) -> PreTrainedConfig:
+    """The model config that the plan was fitted to, rebuilt from its JSON."""
+    stored = copy.deepcopy(dict(plan.config))
+    kind = stored.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(kind, **stored)
+    except (ValueError, KeyError, TypeError) as error:
+        raise KVSightError(
+            f"this transformers cannot rebuild a {kind!r} config; pass config=model.config."
+        ) from error
+
+
+@contextmanager
+def enable(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, attention over a ``PackedCache`` runs straight on the codes; other caches are untouched.
+
+    A model without the attention interface runs the decode path; the cache counts and warns once.
+    """
+    names = implementations(model)
+    here = fingerprint(model)
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(key, PackedKV) and isinstance(value, PackedKV) and fused_arguments(kwargs):
+            if key.reads.plan.fingerprint != here:
+                check_model(key.reads.plan, model)
+            scale = default_scaling(module, query, scaling)
+            return _on_codes(module, query, key, value, attention_mask, scale, kwargs), None
+        stock = original(module, names[""])
+        arguments = {"scaling": scaling, "dropout": dropout, **kwargs}
+        return stock(module, query, key, value, attention_mask, **arguments)
+
+    with attention_override(model, ATTENTION, attention, mask_like="sdpa"):
+        yield
+
+
+def _on_codes(
+    module: nn.Module,
+    query: Tensor,
+    key: PackedKV,
+    value: PackedKV,
+    mask: Tensor | None,
+    scaling: float,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    key.reads.packed += 1
+    causal = kwargs.get("is_causal")
+    return attend(
+        query,
+        key.segments,
+        value.segments,
+        scaling=scaling,
+        mask=mask,
+        causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+        softcap=kwargs.get("softcap"),
+        sink_logits=kwargs.get("s_aux"),
+    )
