@@ -1,0 +1,46 @@
+"""A mean with its interval."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over ``n`` independent windows with a 95 % interval; one window has none (low = high = nan)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        return {
+            "mean": self.mean,
+            "low": None if math.isnan(self.low) else self.low,
+            "high": None if math.isnan(self.high) else self.high,
+            "n": self.n,
+        }
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """Student's t interval over windows: few windows, each already a mean over many tokens."""
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        return Estimate(float(x.mean()), math.nan, math.nan, len(x))
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    mean = float(x.mean())
+    return Estimate(mean, mean - half, mean + half, len(x))
+
+
+def perplexity_interval(losses: Sequence[float], level: float = 0.95) -> Estimate:
+    """exp of the mean loss [nats per token], its interval taken before the exponential."""
+    loss = mean_interval(losses, level)
+    return Estimate(math.exp(loss.mean), _exp(loss.low), _exp(loss.high), loss.n)
+
+
+def _exp(x: float) -> float:
+    return math.nan if math.isnan(x) else math.exp(x)
