@@ -38,9 +38,7 @@ def one_line(caught):
     return message
 
 
-@pytest.mark.parametrize(
-    ("name", "least"), [("calibration", 64), ("validation", 20), ("evaluation", 20)]
-)
+@pytest.mark.parametrize(("name", "least"), [("calibration", 64), ("validation", 20), ("evaluation", 20)])
 def test_embedded_texts_fill_the_defaults(tokenizer, name, least):
     assert len(windows(tokenizer, assets.text(name))) >= least
 

@@ -22,9 +22,7 @@ def read_text(path: str | Path) -> str:
     try:
         text = Path(path).read_bytes().decode()
     except FileNotFoundError:
-        raise KVSightError(
-            f"Text file {path} does not exist; give the path of a text file."
-        ) from None
+        raise KVSightError(f"Text file {path} does not exist; give the path of a text file.") from None
     except UnicodeDecodeError as error:
         raise KVSightError(
             f"Text file {path} is not UTF-8 (byte {error.start}); convert it to UTF-8."
@@ -38,9 +36,7 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def windows(
-    tokenizer: Tokenizer, text: str, length: int = 1024, count: int | None = None
-) -> torch.Tensor:
+def windows(tokenizer: Tokenizer, text: str, length: int = 1024, count: int | None = None) -> torch.Tensor:
     """Consecutive windows of `length` tokens from the start of the text: int64 [n, length].
 
     No special tokens are added, and the tokens left over at the end are dropped. `count` is the

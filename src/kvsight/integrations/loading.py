@@ -71,9 +71,7 @@ def _load_tokenizer(source: Path | str) -> Any:
 def _load_causal_lm(source: Path | str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True
-    )
+    model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would fill them with random numbers and go on.
