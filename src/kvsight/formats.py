@@ -57,7 +57,7 @@ class Format(ABC):
         """Coordinates per token that have any bits."""
         return self.dim
 
-    @property
+    @cached_property
     def block(self) -> int:
         return max(field.every for field in self.fields)
 
@@ -90,7 +90,7 @@ class Dense(Format):
     def name(self) -> str:
         return f"dense-{_dtype_name(self.dtype)}"
 
-    @property
+    @cached_property
     def fields(self) -> tuple[Field, ...]:
         return (Field("values", self.dtype, self.dim),)
 
@@ -137,7 +137,7 @@ class Row(Format):
     def row_bytes(self) -> int:
         return packed_width(self.widths)
 
-    @property
+    @cached_property
     def fields(self) -> tuple[Field, ...]:
         codes = Field("codes", torch.uint8, self.row_bytes)
         return (codes, Field("norm", torch.float16, 1, meta=True)) if self.norm else (codes,)
@@ -145,8 +145,7 @@ class Row(Format):
     def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
         """``levels[start + code]``, times the norm where one is stored."""
         levels, starts = tables
-        codes = unpack_row(tensors[0], self.widths)
-        index = codes.to(torch.int32).add_(starts.to(torch.int32).unsqueeze(-2))
+        index = unpack_row(tensors[0], self.widths).int().add_(starts.unsqueeze(-2))
         y = levels.index_select(0, index.view(-1)).view(index.shape)
         return y * tensors[1].to(y) if self.norm else y
 
@@ -182,7 +181,7 @@ class Grouped(Format):
         """Scale and zero-point pairs per stored parameter row."""
         return -(-self.dim // self.group) if self.along == "channel" else self.dim
 
-    @property
+    @cached_property
     def fields(self) -> tuple[Field, ...]:
         every = 1 if self.along == "channel" else self.group
         return (

@@ -8,34 +8,29 @@ A code is a sum of shifted pieces, so a score is linear in them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 MAX_WIDTH = 8
 
+# sum of b_i·2^(56-7i): times eight 0/1 bytes, the top byte of the product holds them as bits
+_GATHER_BITS = 0x0102040810204080
+
 
 @dataclass(frozen=True)
 class _Plane:
-    """Pieces of equal size: ``counts[w]`` coordinates of width w give bits ``shift[w]`` and up."""
+    """Pieces of ``size`` bits, in storage order: piece j is code bits ``low[j]`` and up of ``owner[j]``.
+
+    ``runs`` lists (first piece, last piece + 1, first owner): neighbours in both orders.
+    """
 
     size: int
-    widths: tuple[int, ...]
-
-    def shift(self, width: int) -> int:
-        match self.size:
-            case 4:
-                return width - 4
-            case 2:
-                return width & 1
-            case _:
-                return 0
-
-
-_NIBBLES_HIGH = _Plane(4, (8, 7, 6, 5, 4))
-_NIBBLES_LOW = _Plane(4, (8,))
-_CRUMBS = _Plane(2, (7, 6, 3, 2))
-_BITS = _Plane(1, (7, 5, 3, 1))
+    start_bit: int
+    owner: tuple[int, ...]
+    low: tuple[int, ...]
+    runs: tuple[tuple[int, int, int], ...]
 
 
 def packed_width(widths: Sequence[int]) -> int:
@@ -43,104 +38,101 @@ def packed_width(widths: Sequence[int]) -> int:
     return -(-sum(widths) // 8)
 
 
-def _bands(widths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(width, start, stop) of each run of equal non-zero width."""
-    bands: list[tuple[int, int, int]] = []
-    for i, width in enumerate(widths):
-        if width == 0:
-            break
-        if bands and bands[-1][0] == width:
-            bands[-1] = (width, bands[-1][1], i + 1)
+@lru_cache(maxsize=4096)
+def _planes(widths: tuple[int, ...]) -> tuple[_Plane, ...]:
+    stored = [w for w in widths if w > 0]
+    cuts = [
+        (4, [(i, w - 4) for i, w in enumerate(stored) if w >= 4]),
+        (4, [(i, 0) for i, w in enumerate(stored) if w == 8]),
+        (2, [(i, w & 1) for i, w in enumerate(stored) if w & 2 and w < 8]),
+        (1, [(i, 0) for i, w in enumerate(stored) if w & 1]),
+    ]
+    planes: list[_Plane] = []
+    start = 0
+    for size, pieces in cuts:
+        if pieces:
+            owner, low = zip(*pieces, strict=True)
+            planes.append(_Plane(size, start, owner, low, _runs(owner)))
+        start += size * len(pieces)
+    return tuple(planes)
+
+
+def _runs(owner: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    runs: list[tuple[int, int, int]] = []
+    for j, i in enumerate(owner):
+        if runs and i == runs[-1][2] + j - runs[-1][0]:
+            runs[-1] = (runs[-1][0], j + 1, runs[-1][2])
         else:
-            bands.append((width, i, i + 1))
-    return bands
+            runs.append((j, j + 1, i))
+    return tuple(runs)
+
+
+@lru_cache(maxsize=64)
+def _piece_table(size: int, device: torch.device) -> Tensor:
+    """[256] words: the bytes of word b are the ``8 / size`` pieces of byte b."""
+    octets = torch.arange(256, dtype=torch.int64).unsqueeze(-1)
+    pieces = (octets >> torch.arange(0, 8, size)) & ((1 << size) - 1)
+    word = {4: torch.int16, 2: torch.int32, 1: torch.int64}[size]
+    return pieces.to(torch.uint8).contiguous().view(word).flatten().to(device)
+
+
+@lru_cache(maxsize=4096)
+def _scale(widths: tuple[int, ...], index: int, device: torch.device) -> Tensor | None:
+    """What shifts each piece of one plane to its place, as a factor; None when nothing moves."""
+    low = _planes(widths)[index].low
+    return torch.tensor([1 << s for s in low], dtype=torch.uint8, device=device) if any(low) else None
+
+
+@lru_cache(maxsize=4096)
+def _bit_order(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """For each stored bit of a row, where it lies among the eight bits of every code."""
+    order = [
+        8 * i + low + bit
+        for plane in _planes(widths)
+        for i, low in zip(plane.owner, plane.low, strict=True)
+        for bit in range(plane.size)
+    ]
+    return torch.tensor(order, dtype=torch.int64, device=device)
 
 
 def pack_row(codes: Tensor, widths: Sequence[int]) -> Tensor:
     """Pack uint8 codes ``[..., stored]`` into uint8 rows ``[..., packed_width(widths)]``."""
-    bands = _bands(widths)
-    sections = [
-        _merge(codes, bands, _NIBBLES_HIGH),
-        _merge(codes, [band for band in bands if band[0] == 8], _NIBBLES_LOW, low=True),
-        _merge(codes, bands, _CRUMBS),
-        _merge(codes, bands, _BITS),
-    ]
-    nibbles = torch.cat([sections[0], sections[1]], dim=-1)
-    bits = torch.cat([_to_bits(nibbles, 4), _to_bits(sections[2], 2), _to_bits(sections[3], 1)], dim=-1)
+    if codes.shape[-1] == 0:
+        return codes
+    bits = _lookup(codes, _piece_table(1, codes.device))
+    bits = bits.index_select(-1, _bit_order(tuple(widths), codes.device))
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
-    octets = bits.reshape(*bits.shape[:-1], -1, 8)
-    return (octets * weights).sum(dim=-1, dtype=torch.uint8)
-
-
-def _merge(
-    codes: Tensor, bands: Sequence[tuple[int, int, int]], plane: _Plane, low: bool = False
-) -> Tensor:
-    mask = (1 << plane.size) - 1
-    pieces = [
-        (codes[..., start:stop] >> (0 if low else plane.shift(width))) & mask
-        for width, start, stop in bands
-        if width in plane.widths
-    ]
-    return torch.cat(pieces, dim=-1) if pieces else codes[..., :0]
-
-
-def _to_bits(pieces: Tensor, size: int) -> Tensor:
-    shifts = torch.arange(size, dtype=torch.uint8, device=pieces.device)
-    return ((pieces.unsqueeze(-1) >> shifts) & 1).flatten(-2)
+    words = bits.view(torch.int64)
+    return ((words * _GATHER_BITS) >> 56).to(torch.uint8)
 
 
 def unpack_row(rows: Tensor, widths: Sequence[int]) -> Tensor:
     """Inverse of ``pack_row``: uint8 codes ``[..., stored]``, zero widths left out."""
-    bands = _bands(widths)
-    counts = {width: stop - start for width, start, stop in bands}
-    high = sum(counts.get(w, 0) for w in _NIBBLES_HIGH.widths)
-    low = counts.get(8, 0)
-    crumbs = sum(counts.get(w, 0) for w in _CRUMBS.widths)
-    bits = sum(counts.get(w, 0) for w in _BITS.widths)
-    crumb_start = 4 * (high + low)
-    bit_start = crumb_start + 2 * crumbs
-    nibble_pieces = _section(rows, 0, 4, high + low)
-    crumb_pieces = _section(rows, crumb_start, 2, crumbs)
-    bit_pieces = _section(rows, bit_start, 1, bits)
-    out: list[Tensor] = []
-    at_nibble = at_crumb = at_bit = 0
-    for width, start, stop in bands:
-        n = stop - start
-        code: Tensor | None = None
-        if width >= 4:
-            code = nibble_pieces[..., at_nibble : at_nibble + n]
-            at_nibble += n
-            code = code << (width - 4) if width > 4 else code
-        if width == 8:
-            assert code is not None
-            code = code | nibble_pieces[..., high : high + n]
-        if width in _CRUMBS.widths:
-            piece = crumb_pieces[..., at_crumb : at_crumb + n]
-            at_crumb += n
-            piece = piece << 1 if width & 1 else piece
-            code = piece if code is None else code | piece
-        if width in _BITS.widths:
-            piece = bit_pieces[..., at_bit : at_bit + n]
-            at_bit += n
-            code = piece if code is None else code | piece
-        assert code is not None
-        out.append(code)
-    if not out:
-        return rows[..., :0]
-    return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+    widths = tuple(widths)
+    stored = len(widths) - widths.count(0)
+    codes: Tensor | None = None
+    for i, plane in enumerate(_planes(widths)):
+        pieces = _pieces(rows, plane)
+        scale = _scale(widths, i, rows.device)
+        pieces = pieces if scale is None else pieces * scale
+        if codes is None and len(plane.owner) == stored:
+            codes = pieces
+            continue
+        if codes is None:
+            codes = torch.zeros(*rows.shape[:-1], stored, dtype=torch.uint8, device=rows.device)
+        for first, last, owner in plane.runs:
+            codes[..., owner : owner + last - first] |= pieces[..., first:last]
+    return rows[..., :0] if codes is None else codes
 
 
-def _section(rows: Tensor, bit_start: int, size: int, count: int) -> Tensor:
-    """``count`` pieces of ``size`` bits that start ``bit_start`` bits into each row."""
-    if count == 0:
-        return rows[..., :0]
-    first, skip = bit_start // 8, bit_start % 8 // size
-    last = -(-(bit_start + size * count) // 8)
-    octets = rows[..., first:last]
-    if size == 4:
-        pieces = torch.stack((octets & 15, octets >> 4), dim=-1)
-    else:
-        shifts = torch.arange(0, 8, size, dtype=torch.uint8, device=rows.device)
-        pieces = (octets.unsqueeze(-1) >> shifts) & ((1 << size) - 1)
-    return pieces.flatten(-2)[..., skip : skip + count]
+def _pieces(rows: Tensor, plane: _Plane) -> Tensor:
+    first, skip = plane.start_bit // 8, plane.start_bit % 8 // plane.size
+    count = len(plane.owner)
+    last = -(-(plane.start_bit + plane.size * count) // 8)
+    return _lookup(rows[..., first:last], _piece_table(plane.size, rows.device))[..., skip : skip + count]
+
+
+def _lookup(octets: Tensor, table: Tensor) -> Tensor:
+    """Each byte's table word, as bytes: one gather yields all pieces of a byte."""
+    words = table.index_select(0, octets.reshape(-1).int())
+    return words.view(torch.uint8).view(*octets.shape[:-1], octets.shape[-1] * table.element_size())

@@ -6,7 +6,7 @@ Sources: Max 1960, Lloyd 1982; TurboQuant (arXiv 2504.19874), Alg. 1, for the sp
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -130,38 +130,32 @@ class RowQuantizer:
         codes = self._nearest(y[..., : self.format.stored])
         return Packed(self.format, (pack_row(codes, self.format.widths), *norms))
 
+    @cached_property
+    def _edges(self) -> Tensor:
+        """Midpoints between levels, [H or 1, stored, K], filled up with inf; [K] when all are equal."""
+        widths = self.format.widths[: self.format.stored]
+        most = 2 ** max(widths, default=0) - 1
+        edges = torch.full((*self.starts.shape, most), torch.inf)
+        for i, width in enumerate(widths):
+            table = self.levels[self.starts[:, i].long().unsqueeze(-1) + torch.arange(2**width)]
+            edges[:, i, : 2**width - 1] = (table[:, 1:] + table[:, :-1]) / 2
+        flat = edges.flatten(0, 1)
+        same = len(flat) > 0 and bool((flat == flat[:1]).all())
+        return flat[0].contiguous() if same else edges
+
     def _nearest(self, y: Tensor) -> Tensor:
-        codes = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
-        starts = self.starts.to(y.device)
-        levels = self.levels.to(y)
-        begin = 0
-        while begin < self.format.stored:
-            width = self.format.widths[begin]
-            end = begin + sum(w == width for w in self.format.widths)
-            table = starts[:, begin:end, None] + torch.arange(2**width, device=y.device)
-            book = levels[table.long()]
-            edges = (book[..., 1:] + book[..., :-1]) / 2
-            found = _search(edges, y[..., begin:end])
-            codes[..., begin:end] = found.to(torch.uint8)
-            begin = end
-        return codes
+        edges = self._edges.to(y)
+        if edges.dim() == 1:
+            return torch.bucketize(y.contiguous(), edges).to(torch.uint8)
+        heads, stored = y.shape[-3], y.shape[-1]
+        columns = y.movedim(-3, 0).movedim(-1, 1)
+        flat = columns.reshape(heads, stored, -1).contiguous()
+        found = torch.searchsorted(edges.expand(heads, -1, -1).contiguous(), flat).to(torch.uint8)
+        return found.view(columns.shape).movedim(1, -1).movedim(0, -3).contiguous()
 
     def decode(self, packed: Packed) -> Tensor:
         """Rows to stored coordinates [..., H, n, stored] in fp32."""
         return packed.read(self.tables)
-
-
-def _search(edges: Tensor, y: Tensor) -> Tensor:
-    """Count of edges [H or 1, c, K] below each of y [..., H, n, c]."""
-    if edges.shape[-1] == 0:
-        return torch.zeros_like(y, dtype=torch.int64)
-    if edges.shape[0] == 1 and bool((edges == edges[:, :1]).all()):
-        return torch.bucketize(y.contiguous(), edges[0, 0].contiguous())
-    heads, width = y.shape[-3], y.shape[-1]
-    rows = y.movedim(-3, 0).movedim(-1, 1).reshape(heads, width, -1).contiguous()
-    found = torch.searchsorted(edges.expand(heads, -1, -1).contiguous(), rows)
-    lead = (*y.shape[:-3], y.shape[-2])
-    return found.reshape(heads, width, *lead).movedim(1, -1).movedim(0, -3)
 
 
 def row_quantizer(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvsight.formats import Packed
 
-_CHUNK = 2048
+_CHUNK = 4096
 _SCORES = 1 << 24
 
 
