@@ -1,6 +1,8 @@
 """kvsight compresses the KV cache of transformer language models by what attention sees."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,12 +10,13 @@ if TYPE_CHECKING:
     from kvsight.fit import fit as fit
     from kvsight.integrations.hf import PackedCache as PackedCache
     from kvsight.integrations.hf import enable as enable
+    from kvsight.methods import get as method_info
     from kvsight.methods import names as methods
     from kvsight.plan import Plan as Plan
 
 __version__ = "0.1.0"
+__all__ = ["PackedCache", "Plan", "enable", "evaluate", "fit", "method_info", "methods"]
 
-# loaded on first use: importing kvsight must not import torch or transformers
 _PUBLIC = {
     "Plan": ("kvsight.plan", "Plan"),
     "PackedCache": ("kvsight.integrations.hf", "PackedCache"),
@@ -24,15 +27,22 @@ _PUBLIC = {
     "method_info": ("kvsight.methods", "get"),
 }
 
-__all__ = ["PackedCache", "Plan", "enable", "evaluate", "fit", "method_info", "methods"]
+
+class _Package(ModuleType):
+    """Loads public names on first use: importing kvsight must not import torch or transformers."""
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_PUBLIC})
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'kvsight' has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
-    return getattr(import_module(module), attribute)
+def _loaded(module: str, attribute: str) -> property:
+    def load(package: ModuleType) -> Any:
+        return getattr(import_module(module), attribute)
+
+    # importing kvsight.fit or kvsight.methods would put the module where the function of that name is
+    return property(load, lambda package, module: None)
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+for _name, _place in _PUBLIC.items():
+    setattr(_Package, _name, _loaded(*_place))
+sys.modules[__name__].__class__ = _Package
