@@ -39,12 +39,24 @@ class Codec:
     def format(self) -> Format:
         return self.quantizer.format
 
+    @cached_property
+    def heads(self) -> int | None:
+        """KV heads that it was fitted to; None when all heads share its tensors."""
+        tensors = (self.transform.shift, self.transform.matrix, *self.quantizer.tables)
+        counts = {t.shape[0] for t in tensors if t is not None and t.dim() > 1} - {1}
+        return max(counts, default=None)
+
     def encode(self, x: Tensor) -> Packed:
         """Code whole blocks of tokens. NaN, inf and misfits raise ``KVSightError``."""
         if x.shape[-1] != self.format.dim:
             raise KVSightError(
                 f"this codec takes head_dim {self.format.dim}; got {x.shape[-1]}. "
                 "Use the plan that was fitted to this model."
+            )
+        if self.heads is not None and (x.dim() < 3 or x.shape[-3] != self.heads):
+            raise KVSightError(
+                f"this codec was fitted to {self.heads} KV heads; got a tensor of shape {tuple(x.shape)}. "
+                "Pass [..., heads, tokens, head_dim] with the heads of its placement."
             )
         if x.shape[-2] % self.format.block:
             raise KVSightError(
@@ -64,7 +76,8 @@ class Codec:
 
     def _compute(self, x: Tensor) -> Tensor:
         plain = self.transform.shift is None and self.transform.matrix is None
-        return x if plain else x.to(torch.promote_types(x.dtype, torch.float32))
+        # products of a few or of many tokens round differently; in fp64 that does not reach the codes
+        return x if plain else x.double()
 
     @cached_property
     def folded(self) -> Folded:

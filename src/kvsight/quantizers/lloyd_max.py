@@ -147,10 +147,9 @@ class RowQuantizer:
         edges = self._edges.to(y)
         if edges.dim() == 1:
             return torch.bucketize(y.contiguous(), edges).to(torch.uint8)
-        heads, stored = y.shape[-3], y.shape[-1]
         columns = y.movedim(-3, 0).movedim(-1, 1)
-        flat = columns.reshape(heads, stored, -1).contiguous()
-        found = torch.searchsorted(edges.expand(heads, -1, -1).contiguous(), flat).to(torch.uint8)
+        flat = columns.flatten(2).contiguous()
+        found = torch.searchsorted(edges.expand(len(flat), -1, -1).contiguous(), flat).to(torch.uint8)
         return found.view(columns.shape).movedim(1, -1).movedim(0, -3).contiguous()
 
     def decode(self, packed: Packed) -> Tensor:

@@ -1,0 +1,296 @@
+"""Laws of codecs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvsight.codec import Codec
+from kvsight.errors import KVSightError
+from kvsight.formats import Dense, Format, Grouped, Packed, Row, concat, format_from_spec
+from kvsight.ops.attend.ref import Segment
+from kvsight.packing import pack_row, unpack_row
+from kvsight.testing.laws import LawBroken, generator, hold, refused
+from kvsight.transforms import Transform
+
+_BATCH = 2
+_SHARED_HEADS = 2
+_HUGE = 6e4
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A codec, numbers that suit it [B, H, n, d], and their codes."""
+
+    codec: Codec
+    x: Tensor
+    packed: Packed
+
+    def encode(self, x: Tensor) -> Packed:
+        return self.codec.encode(x)
+
+
+def check_codec(codec: Codec, *, tokens: int | None = None, seed: int = 0) -> None:
+    """All codec laws, on unit Gaussians in the codec's own coordinates.
+
+    ``tokens`` is rounded up to whole blocks; by default at least four blocks and a dozen tokens.
+    """
+    case = _case(codec, tokens, seed)
+    for law in _CODEC_LAWS:
+        law(case)
+
+
+def check_compresses(codec: Codec, *, dense_dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+    """The codec's memory, buffers behind views included, is what it says and less than dense."""
+    case = _case(codec, None, seed)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in case.packed.tensors}
+    held = sum(storage.nbytes() for storage in storages.values())
+    hold("owned bytes", held == case.packed.nbytes, f"{case.packed.nbytes} bytes hold {held} alive")
+    bits = 8 * held / case.x.numel()
+    dense = 8 * dense_dtype.itemsize
+    hold("compresses", bits < dense, f"{bits:.4g} bits per element, {dense_dtype} has {dense}")
+
+
+def _case(codec: Codec, tokens: int | None, seed: int) -> _Case:
+    block = codec.format.block
+    wanted = max(4 * block, 12) if tokens is None else tokens
+    heads = _SHARED_HEADS if codec.heads is None else codec.heads
+    x = _draw(codec.transform, heads, -(-wanted // block) * block, seed)
+    return _Case(codec, x, codec.encode(x))
+
+
+def _draw(transform: Transform, heads: int, tokens: int, seed: int) -> Tensor:
+    y = torch.randn(_BATCH, heads, tokens, transform.dim, generator=generator(seed), dtype=torch.float64)
+    return transform.inverse(y).float()
+
+
+def _same(a: Packed, b: Packed) -> bool:
+    return a.format == b.format and all(map(torch.equal, a.tensors, b.tensors))
+
+
+def _shape(case: _Case) -> None:
+    codec, x, packed = case.codec, case.x, case.packed
+    hold("shape", packed.format == codec.format, f"codes are {packed.format}, not {codec.format}")
+    fields = codec.format.fields
+    hold("shape", len(packed.tensors) == len(fields), f"{len(packed.tensors)} tensors, not {len(fields)}")
+    for field, tensor in zip(fields, packed.tensors, strict=True):
+        wanted = (*x.shape[:-2], x.shape[-2] // field.every, field.width)
+        hold("shape", tensor.shape == wanted, f"{field.name} is {tuple(tensor.shape)}, not {wanted}")
+        hold("shape", tensor.dtype == field.dtype, f"{field.name} is {tensor.dtype}, not {field.dtype}")
+    hold("shape", packed.tokens == x.shape[-2], f"{packed.tokens} tokens, not {x.shape[-2]}")
+    decoded = codec.decode(packed)
+    hold("shape", decoded.shape == x.shape, f"decoded is {tuple(decoded.shape)}, not {tuple(x.shape)}")
+    none = codec.encode(x[..., :0, :])
+    hold("shape", codec.decode(none).shape == x[..., :0, :].shape, "no tokens decode to some")
+
+
+def _exact_bytes(case: _Case) -> None:
+    form, x = case.codec.format, case.x
+    for tokens in (0, form.block, x.shape[-2]):
+        stored = case.encode(x[..., :tokens, :]).nbytes
+        wanted = x.shape[0] * x.shape[1] * form.nbytes(tokens)
+        hold("exact bytes", stored == wanted, f"{stored} bytes for {tokens} tokens, format says {wanted}")
+    pairs = zip(form.fields, case.packed.tensors, strict=True)
+    meta = sum(tensor.nbytes for field, tensor in pairs if field.meta)
+    said = x.shape[0] * x.shape[1] * form.meta_nbytes(x.shape[-2])
+    hold("exact bytes", meta == said, f"{meta} bytes of metadata, format says {said}")
+
+
+def _storable(case: _Case) -> None:
+    spec = json.loads(json.dumps(case.codec.format.spec()))
+    try:
+        same = format_from_spec(spec) == case.codec.format
+    except KVSightError as error:
+        raise LawBroken(f"storable: a plan file cannot hold this format: {error}") from error
+    hold("storable", same, f"{spec} reads back as another format")
+
+
+def _blocks_are_local(case: _Case) -> None:
+    block, tokens = case.codec.format.block, case.x.shape[-2]
+    for step in (block, 3 * block):
+        parts = concat([case.encode(part) for part in case.x.split(step, dim=-2)])
+        hold("blocks are local", _same(parts, case.packed), f"steps of {step} tokens give other bytes")
+    later = case.packed.narrow(tokens - block, tokens)
+    alone = case.encode(case.x[..., tokens - block :, :])
+    hold("blocks are local", _same(later, alone), "the last block alone gives other bytes")
+
+
+def _deterministic(case: _Case) -> None:
+    before = case.x.clone()
+    once = case.encode(case.x)
+    hold("input kept", torch.equal(before, case.x), "encode changes its input")
+    hold("deterministic", _same(once, case.encode(case.x)), "the same input gives other bytes")
+    case.encode(case.x.flip(-2) * 2 + 1)
+    hold("history-free", _same(case.encode(case.x), case.packed), "what came before changes the bytes")
+    decoded = case.codec.decode(case.packed)
+    hold("deterministic", torch.equal(case.codec.decode(case.packed), decoded), "decode differs")
+
+
+def _strides(case: _Case) -> None:
+    x, packed = case.x, case.packed
+    layouts = {
+        "tokens before heads": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "channels first": x.mT.contiguous().mT,
+        "every second number": torch.stack((x, x), dim=-1).flatten(-2)[..., ::2],
+    }
+    for name, strided in layouts.items():
+        hold("strides", _same(case.encode(strided), packed), f"{name}: other bytes")
+    repeated = x[:1].expand(3, -1, -1, -1)
+    hold("strides", _same(case.encode(repeated), case.encode(repeated.clone())), "expanded: other bytes")
+    turned = Packed(packed.format, tuple(t.mT.contiguous().mT for t in packed.tensors))
+    decoded = case.codec.decode(turned)
+    hold("strides", torch.equal(decoded, case.codec.decode(packed)), "decode reads storage order")
+
+
+def _input_types(case: _Case) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        x = case.x.clamp(-_HUGE, _HUGE).to(dtype)
+        same = _same(case.encode(x), case.encode(x.float()))
+        hold("input types", same, f"{dtype} gives other bytes than the same numbers in fp32")
+
+
+def _independent(case: _Case) -> None:
+    x, packed = case.x, case.packed
+    alone = Packed(packed.format, tuple(t[1:] for t in packed.tensors))
+    hold("independent", _same(case.encode(x[1:]), alone), "sequences of a batch change each other")
+    changed = x.clone()
+    changed[:, 0] = changed[:, 0] * 3 + 1
+    others = zip(case.encode(changed).tensors, packed.tensors, strict=True)
+    same = all(torch.equal(a[:, 1:], b[:, 1:]) for a, b in others)
+    hold("independent", same, "heads change each other")
+
+
+def _nearest(case: _Case) -> None:
+    """The code chosen is the best that the stored parameters allow."""
+    codec, form = case.codec, case.codec.format
+    y = codec.transform.forward(case.x.double())[..., : form.stored]
+    decoded = codec.quantizer.decode(case.packed).double()
+    match form:
+        case Dense():
+            wanted = codec.transform.forward(case.x).to(form.dtype).double()
+            hold("nearest", torch.equal(decoded, wanted), "numbers are not the rounded input")
+            return
+        case Grouped():
+            best, step = _best_affine(form, case.packed, y)
+        case Row():
+            best, step = _best_level(form, codec.quantizer.tables, case.packed, y)
+        case _:
+            return
+    slack = 1e-4 * step + 1e-6 * y.abs()
+    excess = (y - decoded).abs() - (y - best).abs()
+    hold("nearest", bool((excess <= slack).all()), "an error is larger than that of the best code")
+
+
+def _best_affine(form: Grouped, packed: Packed, y: Tensor) -> tuple[Tensor, Tensor]:
+    def at(code: int) -> Tensor:
+        codes = torch.full(y.shape, code, dtype=torch.uint8)
+        rows = pack_row(codes, _widths(form))
+        return form.read((rows, *packed.tensors[1:]), ()).double()
+
+    zero, step = at(0), at(1) - at(0)
+    safe = torch.where(step > 0, step, 1.0)
+    return zero + step * ((y - zero) / safe).round().clamp(0, 2**form.bits - 1), step
+
+
+def _best_level(form: Row, tables: tuple[Tensor, ...], packed: Packed, y: Tensor) -> tuple[Tensor, Tensor]:
+    levels, starts = tables
+    norm = packed.tensors[1].double() if form.norm else torch.ones_like(y[..., :1])
+    best, step = torch.empty_like(y), torch.empty_like(y)
+    for head in range(y.shape[1]):
+        own = starts[min(head, starts.shape[0] - 1)]
+        for i in range(form.stored):
+            first = int(own[i])
+            book = levels[first : first + 2 ** form.widths[i]].double()
+            scaled = book * norm[:, head]
+            at = (y[:, head, :, i, None] - scaled).abs().argmin(dim=-1, keepdim=True)
+            best[:, head, :, i] = scaled.gather(-1, at)[..., 0]
+            step[:, head, :, i] = norm[:, head, :, 0] * book.diff().min()
+    return best, step
+
+
+def _attention_agrees(case: _Case) -> None:
+    x, packed = case.x, case.packed
+    heads = tuple(range(x.shape[1]))
+    seen = Segment(x.shape[-2], coded=(case.codec.coded(heads, packed),)).decode(torch.float64)
+    decoded = case.codec.decode(packed).double()
+    close = torch.allclose(seen, decoded, rtol=1e-5, atol=1e-6 * float(decoded.abs().max()))
+    hold("attention agrees", close, "attention reads other numbers than decode gives")
+
+
+def _codes_in_range(case: _Case) -> None:
+    if isinstance(case.codec.format, Row):
+        levels, starts = case.codec.quantizer.tables
+        sizes = torch.tensor([2**w for w in case.codec.format.widths if w > 0])
+        inside = bool((starts >= 0).all()) and bool((starts + sizes <= len(levels)).all())
+        hold("codes in range", inside, "a code can point behind the end of the codebooks")
+
+
+def _degenerate(case: _Case) -> None:
+    like = case.x
+    outlier = torch.zeros_like(like)
+    outlier[..., 0, 0] = _HUGE
+    inputs = {
+        "zeros": torch.zeros_like(like),
+        "ones": torch.ones_like(like),
+        "one outlier": outlier,
+        "±6e4": like.sign() * _HUGE,
+        "constant 6e4": torch.full_like(like, _HUGE),
+        "1e-30": like * 1e-30,
+        "subnormal": like * 1e-40,
+    }
+    for name, x in inputs.items():
+        packed = case.encode(x)
+        real = [t for t in packed.tensors if t.is_floating_point()]
+        finite = all(bool(torch.isfinite(t).all()) for t in (*real, case.codec.decode(packed)))
+        hold("degenerate", finite, f"{name}: NaN or inf")
+        hold("degenerate", packed.nbytes == case.packed.nbytes, f"{name}: other size")
+        widths = _widths(packed.format)
+        if widths:
+            rows = packed.tensors[0]
+            clean = torch.equal(pack_row(unpack_row(rows, widths), widths), rows)
+            hold("degenerate", clean, f"{name}: padding bits are set")
+
+
+def _widths(form: Format) -> tuple[int, ...]:
+    match form:
+        case Row():
+            return form.widths
+        case Grouped():
+            return (form.bits,) * form.dim
+    return ()
+
+
+def _refusals(case: _Case) -> None:
+    x, codec = case.x, case.codec
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = x.clone()
+        bad[0, -1, -1, -1] = value
+        refused(partial(codec.encode, bad), f"{value} in the input", "finite")
+    wide = torch.cat((x, x[..., :1]), dim=-1)
+    refused(partial(codec.encode, wide), "a head_dim too many", f"{x.shape[-1] + 1}")
+    if codec.format.block > 1:
+        part = x[..., : codec.format.block - 1, :]
+        refused(partial(codec.encode, part), "a partial block", f"{codec.format.block - 1}")
+    if codec.heads is not None:
+        more = torch.cat((x, x[:, :1]), dim=1)
+        refused(partial(codec.encode, more), "a head too many", f"{codec.heads}")
+
+
+_CODEC_LAWS: tuple[Callable[[_Case], None], ...] = (
+    _codes_in_range,
+    _shape,
+    _exact_bytes,
+    _storable,
+    _deterministic,
+    _blocks_are_local,
+    _strides,
+    _input_types,
+    _independent,
+    _nearest,
+    _attention_agrees,
+    _degenerate,
+    _refusals,
+)

@@ -1,0 +1,73 @@
+"""The laws over all formats: any mix of widths, ragged groups, odd head_dims, 16-bit and wider numbers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvsight.codec import Codec
+from kvsight.formats import Dense, Grouped
+from kvsight.quantizers.dense import DenseQuantizer
+from kvsight.quantizers.lloyd_max import RowQuantizer, gaussian, row_quantizer, uniform
+from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.testing import check_codec, check_compresses
+from kvsight.transforms import centre, haar, identity, linear
+
+widths = st.lists(st.integers(0, 8), min_size=4, max_size=19).map(lambda w: tuple(sorted(w, reverse=True)))
+
+
+@settings(max_examples=25)
+@given(widths, st.booleans(), st.sampled_from(["identity", "haar", "centred"]))
+def test_rows(row, norm, kind):
+    dim = len(row)
+    rotation = haar(dim, seed=1)
+    transform = {
+        "identity": identity(dim),
+        "haar": rotation,
+        "centred": centre(torch.ones(2, dim, dtype=torch.float64)).then(rotation),
+    }[kind]
+    check_codec(Codec("row", transform, row_quantizer(row, gaussian, norm)), seed=2)
+
+
+@settings(max_examples=25)
+@given(
+    dim=st.integers(1, 19),
+    bits=st.integers(1, 8),
+    group=st.integers(1, 19),
+    along=st.sampled_from(["channel", "token"]),
+)
+def test_groups(dim, bits, group, along):
+    group = min(group, dim) if along == "channel" else group
+    check_codec(Codec("grouped", identity(dim), GroupedQuantizer(Grouped(dim, bits, group, along))), seed=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dense(dtype):
+    check_codec(Codec("dense", identity(7), DenseQuantizer(Dense(7, dtype))), seed=4)
+
+
+def test_heads_may_have_codebooks_of_their_own():
+    # both heads have widths (2, 1); their levels lie in other places of one table
+    row = row_quantizer((2, 1), gaussian).format
+    books = [*gaussian(2).levels, *gaussian(1).levels, *uniform(2).levels, -3.0, 3.0]
+    starts = torch.tensor([[0, 4], [6, 10]], dtype=torch.int32)
+    check_codec(Codec("two", identity(2), RowQuantizer(row, torch.tensor(books), starts)), seed=5)
+
+
+def test_skewed_transforms_keep_the_laws():
+    skew = torch.eye(6, dtype=torch.float64) + torch.ones(6, 6, dtype=torch.float64).triu(1)
+    check_codec(
+        Codec("skew", linear(skew.unsqueeze(0)), row_quantizer((8, 5, 3, 2, 1, 0), gaussian)), seed=6
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 65, 1000])
+def test_awkward_token_counts(tokens):
+    grouped = GroupedQuantizer(Grouped(5, 3, 4, "token"))
+    for quantizer in (grouped, row_quantizer((7, 5, 3, 2, 0), gaussian, norm=True)):
+        check_codec(Codec("counts", identity(5), quantizer), tokens=tokens, seed=8)
+
+
+def test_a_codec_of_few_bits_compresses():
+    check_compresses(Codec("row", identity(64), row_quantizer((4,) * 64, gaussian, norm=True)))
+    check_compresses(Codec("grouped", identity(64), GroupedQuantizer(Grouped(64, 8, 64, "channel"))))
