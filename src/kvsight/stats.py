@@ -126,5 +126,6 @@ def shrunk(metric: Tensor | None, side: SideStats, strength: float) -> Tensor:
     eye = torch.eye(side.dim, dtype=torch.float64).expand(side.heads, -1, -1)
     if metric is None:
         return eye.clone()
-    level = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    # a head that is always zero keeps a level whose root and inverse root are ordinary fp32 numbers
+    level = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return (1 - strength) * metric + strength * level[:, None, None] * eye
