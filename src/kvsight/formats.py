@@ -270,6 +270,11 @@ class Packed:
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.format, tuple(t.to(device) for t in self.tensors))
 
+    def copy_(self, other: "Packed") -> None:
+        """Overwrite these tensors with the bytes of ``other``, which has as many tokens."""
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine.copy_(theirs)
+
     def contiguous(self) -> Self:
         """Copies of their own memory, so that what a view was cut from can be freed."""
         return type(self)(
@@ -283,6 +288,19 @@ def concat(parts: Sequence[Packed]) -> Packed:
         return parts[0]
     columns = zip(*(p.tensors for p in parts), strict=True)
     return Packed(parts[0].format, tuple(torch.cat(column, dim=-2) for column in columns))
+
+
+def room(packed: Packed, tokens: int) -> Packed:
+    """A copy with unwritten space for ``tokens`` more, a multiple of the block."""
+    grown: list[Tensor] = []
+    for stored, tensor in zip(packed.format.fields, packed.tensors, strict=True):
+        rows = tensor.shape[-2]
+        larger = tensor.new_empty(
+            *tensor.shape[:-2], rows + tokens // stored.every, tensor.shape[-1]
+        )
+        larger[..., :rows, :] = tensor
+        grown.append(larger)
+    return Packed(packed.format, tuple(grown))
 
 
 def empty(format: Format, lead: tuple[int, ...], device: torch.device | str) -> Packed:

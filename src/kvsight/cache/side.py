@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvsight.codec import Placement
+from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
-from kvsight.formats import Packed, concat, empty
+from kvsight.formats import Packed, concat, empty, room
 from kvsight.ops.attend.ref import Coded, Segment, merge_heads
 from kvsight.retention import Retention
+
+_ENCODE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +89,25 @@ def append(state: SideState, x: Tensor) -> SideState:
     coded = state.coded
     if commit:
         coded = tuple(
-            concat([old, p.codec.encode(_of_heads(pool[:, :, :commit], p.heads))])
+            _grown(old, p.codec, _of_heads(pool[:, :, :commit], p.heads))
             for old, p in zip(state.coded, state.placements, strict=True)
         )
     tail = pool[:, :, commit:].to(state.dense_dtype)
     return replace(state, sinks=sinks, coded=coded, tail=_owned(tail, pool))
+
+
+def _grown(old: Packed, codec: Codec, x: Tensor) -> Packed:
+    """``old`` with x coded behind it; a long x goes in pieces, so that scratch memory stays bounded."""
+    block = codec.format.block
+    per_token = x.shape[0] * x.shape[1] * x.shape[3]
+    step = max(1, _ENCODE // (per_token * block)) * block
+    if x.shape[2] <= step:
+        return concat([old, codec.encode(x)])
+    grown = room(old, x.shape[2])
+    for start in range(0, x.shape[2], step):
+        piece = codec.encode(x[:, :, start : start + step])
+        grown.narrow(old.tokens + start, old.tokens + start + piece.tokens).copy_(piece)
+    return grown
 
 
 def _of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
@@ -139,7 +155,7 @@ def crop(state: SideState, remove: int) -> SideState:
         rest = merge_heads(parts, [p.heads for p in state.placements])[:, :, : keep - whole]
     sinks = state.sinks
     if remove > held:
-        sinks = sinks[:, :, : sinks.shape[2] - (remove - held)].clone()
+        sinks = sinks[:, :, : max(0, sinks.shape[2] - (remove - held))].clone()
     return replace(
         state,
         sinks=sinks,

@@ -1,0 +1,39 @@
+"""What every benchmark records, and how it loads its model."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import kvsight
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=description)
+    out.add_argument("--model", default=None, help="transformers directory or hub name")
+    out.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    out.add_argument("--json", type=Path, default=None, help="write the result to this file")
+    return out
+
+
+def environment() -> dict[str, Any]:
+    """Where and when a number was measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "kvsight": kvsight.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write(result: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
