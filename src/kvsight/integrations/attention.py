@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvsight.errors import KVSightError
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+# transformers registers functions by name for the whole process: two models need two names
+_active: set[str] = set()
 
 
 @contextmanager
@@ -28,13 +32,16 @@ def attention_override(
     before = implementations(model)
     mask_name = before[""] if mask_like is None else mask_like
     mask = ALL_MASK_ATTENTION_FUNCTIONS.get(mask_name, sdpa_mask)
+    name = next(free for i in count(1) if (free := f"{name}_{i}") not in _active)
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
+    _active.add(name)
     try:
         if _listens(model):
             model.set_attn_implementation(name)
         yield model.config._attn_implementation == name
     finally:
+        _active.remove(name)
         if _listens(model):
             model.set_attn_implementation(before)
 

@@ -31,7 +31,7 @@ from kvsight.ops.attend import Segment, attend
 from kvsight.plan import SIDES, LayerPlan, Plan
 from kvsight.planfile import plan_hash
 
-ATTENTION = "kvsight"
+ATTENTION = "kvsight_packed"
 
 
 class PackedLayer(CacheLayerMixin):
@@ -310,7 +310,12 @@ def enable(model: PreTrainedModel) -> Iterator[None]:
 
     A model without the attention interface runs the decode path; the cache counts and warns once.
     """
-    names = implementations(model)
+    now = implementations(model)[""]
+    if now.startswith(ATTENTION):
+        yield
+        return
+    # masks are built for one implementation; eager understands all that a model can ask for
+    stock_name = "sdpa" if now == "sdpa" else "eager"
     here = fingerprint(model)
 
     def attention(
@@ -328,11 +333,11 @@ def enable(model: PreTrainedModel) -> Iterator[None]:
                 check_model(key.reads.plan, model)
             scale = default_scaling(module, query, scaling)
             return _on_codes(module, query, key, value, attention_mask, scale, kwargs), None
-        stock = original(module, names[""])
+        stock = original(module, stock_name)
         arguments = {"scaling": scaling, "dropout": dropout, **kwargs}
         return stock(module, query, key, value, attention_mask, **arguments)
 
-    with attention_override(model, ATTENTION, attention, mask_like="sdpa"):
+    with attention_override(model, ATTENTION, attention, mask_like=stock_name):
         yield
 
 
