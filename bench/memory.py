@@ -59,8 +59,6 @@ def _arm(options) -> dict[str, int]:
     cache = kvsight.PackedCache(plan, config) if packed else DynamicCache(config=config)
     _fill(cache, plan, 1, 64)
     cache.reset()
-    # give freed heap back first, or the filled cache would hide in it
-    ctypes.CDLL(None).malloc_trim(0)
     before = _resident()
     _fill(cache, plan, options.sequences, options.tokens)
     grown = _resident() - before
@@ -78,7 +76,8 @@ def _fill(cache, plan, sequences: int, tokens: int) -> None:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory (Linux)."""
+    """Bytes of this process in memory (Linux), once the heap's free pages went back to the system."""
+    ctypes.CDLL(None).malloc_trim(0)
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * 4096
 
