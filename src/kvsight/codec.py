@@ -13,6 +13,15 @@ from kvsight.ops.attend.ref import Coded, Folded
 from kvsight.transforms import Transform
 
 
+def check_finite(x: Tensor) -> None:
+    """Raise ``KVSightError`` for NaN and inf."""
+    if not bool(torch.isfinite(x).all()):
+        raise KVSightError(
+            "keys and values must be finite; got NaN or inf. "
+            "Check the model's output (fp16 overflow?) before caching it."
+        )
+
+
 class Quantizer(Protocol):
     """Reals in transform coordinates to codes in one format, and back."""
 
@@ -63,11 +72,7 @@ class Codec:
                 f"encode takes whole blocks of {self.format.block} tokens; got {x.shape[-2]}. "
                 "Keep the remainder in the dense tail."
             )
-        if not bool(torch.isfinite(x).all()):
-            raise KVSightError(
-                "keys and values must be finite; got NaN or inf. "
-                "Check the model's output (fp16 overflow?) before caching it."
-            )
+        check_finite(x)
         return self.quantizer.encode(self.transform.forward(self._compute(x)))
 
     def decode(self, packed: Packed) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvsight.codec import Codec, Placement
+from kvsight.codec import Codec, Placement, check_finite
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, concat, empty, room
 from kvsight.ops.attend.ref import Coded, Segment, merge_heads
@@ -75,11 +75,15 @@ def append(state: SideState, x: Tensor) -> SideState:
             f"the cache holds a batch of {state.batch}; got {x.shape[0]}. "
             "Reset it, or repeat or select its batch first."
         )
+    x = x.detach()
     last = state.retention.exact_last
+    room = state.retention.exact_first - state.sinks.shape[2]
+    if state.block > 1 or last > 0 or room > 0:
+        # the codec would see tokens that stay exact too late or never
+        check_finite(x)
     if state.block > 1 or last > 0:
         # tokens may wait in the tail first: rounding all of them keeps codes independent of chunking
         x = x.to(state.dense_dtype)
-    room = state.retention.exact_first - state.sinks.shape[2]
     sinks = state.sinks
     if room > 0:
         sinks = torch.cat([sinks, x[:, :, :room].to(state.dense_dtype)], dim=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -256,22 +256,26 @@ class PackedCache(Cache):
             }
             for name, side in zip(SIDES, (layer.key_state, layer.value_state), strict=True):
                 tensors |= {f"{i}.{name}.{n}": t for n, t in sides.tensors(side).items()}
-        metadata = {"plan": plan_hash(self.plan), "layers": json.dumps(state)}
+        metadata = {"plan": plan_hash(self.plan), "prefill": self.prefill, "layers": json.dumps(state)}
         with replace_file(Path(path)) as scratch:
             save_file(tensors, scratch, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path, plan: Plan, config: PreTrainedConfig | None = None) -> "PackedCache":
         """Read a saved cache; another plan, or a damaged file, raises ``KVSightError``."""
-        cache = cls(plan, config)
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
+        except FileNotFoundError:
+            raise KVSightError(f"no cache at {path}: the file does not exist.") from None
+        except (OSError, SafetensorError) as error:
             raise KVSightError(f"{path} is not a readable cache file ({error}).") from error
-        if metadata.get("plan") != plan_hash(plan):
+        if "plan" not in metadata:
+            raise KVSightError(f"{path} was not written by PackedCache.save.")
+        if metadata["plan"] != plan_hash(plan):
             raise KVSightError(f"{path} was saved under another plan; load that plan first.")
+        cache = cls(plan, config, prefill=metadata["prefill"])
         for index, state in json.loads(metadata["layers"]).items():
             layer = cache.layers[int(index)]
             assert isinstance(layer, PackedLayer)
