@@ -295,9 +295,7 @@ def room(packed: Packed, tokens: int) -> Packed:
     grown: list[Tensor] = []
     for stored, tensor in zip(packed.format.fields, packed.tensors, strict=True):
         rows = tensor.shape[-2]
-        larger = tensor.new_empty(
-            *tensor.shape[:-2], rows + tokens // stored.every, tensor.shape[-1]
-        )
+        larger = tensor.new_empty(*tensor.shape[:-2], rows + tokens // stored.every, tensor.shape[-1])
         larger[..., :rows, :] = tensor
         grown.append(larger)
     return Packed(packed.format, tuple(grown))

@@ -114,6 +114,11 @@ def linear(matrix: Tensor, inverse_matrix: Tensor | None = None) -> Transform:
     return Transform(matrix.shape[-1], matrix=matrix, inverse_matrix=inverse)
 
 
+def scale(factors: Tensor) -> Transform:
+    """Divide coordinate i by factors[..., i] > 0, [H or 1, d]."""
+    return linear(torch.diag_embed(1 / factors), torch.diag_embed(factors))
+
+
 def _inverse(matrix: Tensor) -> Tensor:
     inverse: Tensor = torch.linalg.inv(matrix.double())
     return inverse.to(matrix.dtype)

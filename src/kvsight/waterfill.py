@@ -27,3 +27,25 @@ def reverse_water_fill(variances: Tensor, bits: int, distortion: Sequence[float]
     order = gains.T.flatten().sort(descending=True, stable=True).indices[:bits]
     widths = torch.bincount(order % len(variances), minlength=len(variances)).tolist()
     return tuple(sorted(widths, reverse=True))
+
+
+def share_bytes(variances: Tensor, total: int, distortion: Sequence[float]) -> list[int]:
+    """Whole bytes per head: reverse water-filling over all heads [H, d], rounded to the total.
+
+    Each head gets at least one byte and at most what its widest codes take.
+    """
+    heads, dim = variances.shape
+    widest = len(distortion) - 1
+    most = dim * widest // 8
+    if not heads <= total <= heads * most:
+        raise KVSightError(f"cannot share {total} bytes among {heads} heads of 1 to {most} bytes.")
+    d = torch.tensor(distortion, dtype=torch.float64)
+    gains = variances.double().unsqueeze(-1) * (d[:-1] - d[1:])
+    best = gains.flatten().sort(descending=True, stable=True).indices[: 8 * total]
+    wanted = (torch.bincount(best // (dim * widest), minlength=heads).double() / 8).tolist()
+    shares = [min(max(int(w), 1), most) for w in wanted]
+    while sum(shares) != total:
+        step = 1 if sum(shares) < total else -1
+        open_to = [h for h in range(heads) if 1 <= shares[h] + step <= most]
+        shares[max(open_to, key=lambda h: step * (wanted[h] - shares[h]))] += step
+    return shares

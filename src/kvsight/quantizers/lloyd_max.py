@@ -152,6 +152,11 @@ class RowQuantizer:
         found = torch.searchsorted(edges.expand(len(flat), -1, -1).contiguous(), flat).to(torch.uint8)
         return found.view(columns.shape).movedim(1, -1).movedim(0, -3).contiguous()
 
+    def rounded(self, y: Tensor) -> Tensor:
+        """Stored coordinates [H, n, stored] at their nearest levels, without packing (or norm)."""
+        index = self._nearest(y).long() + self.starts.unsqueeze(-2)
+        return self.levels.to(y)[index]
+
     def decode(self, packed: Packed) -> Tensor:
         """Rows to stored coordinates [..., H, n, stored] in fp32."""
         return packed.read(self.tables)
@@ -174,3 +179,31 @@ def row_quantizer(
         torch.tensor(levels, dtype=torch.float32),
         torch.tensor([starts], dtype=torch.int32).reshape(1, -1),
     )
+
+
+# heavy tails want up to two and a half times the Gaussian range: a coarse search, then two halvings
+_STRETCH = (0.74, 1.0, 1.35, 1.82, 2.46)
+_REFINE = (0.928, 1.162, 0.963, 1.078)
+
+
+def fitted_stretch(quantizer: RowQuantizer, y: Tensor) -> Tensor:
+    """Factors [H, d] by which to divide each coordinate of the sample y [H, n, d] for least squares.
+
+    Unstored coordinates and empty samples keep factor one.
+    """
+    stored = quantizer.format.stored
+    factors = torch.ones(y.shape[0], y.shape[2], dtype=torch.float64)
+    if not y.numel():
+        return factors
+    y = y[..., :stored].float()
+    best, least = torch.ones(y.shape[0], stored), torch.full((y.shape[0], stored), torch.inf)
+    for trials in (_STRETCH, _REFINE[:2], _REFINE[2:]):
+        centre = best if trials is not _STRETCH else torch.ones_like(best)
+        for trial in trials:
+            stretch = centre * trial
+            step = stretch.unsqueeze(-2)
+            error = (quantizer.rounded(y / step) * step - y).square().mean(dim=1)
+            best = torch.where(error < least, stretch, best)
+            least = torch.minimum(error, least)
+    factors[:, :stored] = best.double()
+    return factors
