@@ -1,8 +1,8 @@
 """A fitted transform and quantizer for some heads of one layer's keys or values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Quantizer(Protocol):
     def encode(self, y: Tensor) -> Packed: ...
 
     def decode(self, packed: Packed) -> Tensor: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,14 @@ class Codec:
         """What ``ops.attend`` reads: bytes, their tables and the folded transform."""
         return Coded(heads, packed, self.quantizer.tables, self.folded)
 
+    def to(self, device: torch.device | str) -> "Codec":
+        """The codec with its tensors on ``device``."""
+        return replace(
+            self,
+            transform=self.transform.to(device, torch.float32),
+            quantizer=self.quantizer.to(device),
+        )
+
     @property
     def static_nbytes(self) -> int:
         """Bytes of calibration tensors: codebooks, matrices and means (inverses are derived)."""
@@ -116,3 +126,6 @@ class Placement:
 
     heads: tuple[int, ...]
     codec: Codec
+
+    def to(self, device: torch.device | str) -> "Placement":
+        return Placement(self.heads, self.codec.to(device))

@@ -63,6 +63,8 @@ def start(
             f"the plan expects {heads} KV heads of dimension {dim}; the model gives "
             f"{like.shape[1]} of {like.shape[3]}. Use the plan that was fitted to this model."
         )
+    if like.device.type != "cpu":
+        placements = tuple(p.to(like.device) for p in placements)
     none = torch.empty(like.shape[0], heads, 0, dim, dtype=dense_dtype, device=like.device)
     coded = tuple(empty(p.codec.format, (like.shape[0], len(p.heads)), like.device) for p in placements)
     return SideState(placements, retention, dense_dtype, none, coded, none)

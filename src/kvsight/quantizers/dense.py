@@ -1,7 +1,9 @@
 """Plain numbers: the identity quantizer, and the exact tokens of windows and sinks."""
 
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from kvsight.formats import Dense, Packed
@@ -23,3 +25,7 @@ class DenseQuantizer:
 
     def decode(self, packed: Packed) -> Tensor:
         return packed.read()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Itself: there are no static tensors to move."""
+        return self

@@ -5,8 +5,9 @@ Sources: Max 1960, Lloyd 1982; TurboQuant (arXiv 2504.19874), Alg. 1, for the sp
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -135,9 +136,10 @@ class RowQuantizer:
         """Midpoints between levels, [H or 1, stored, K], filled up with inf; [K] when all are equal."""
         widths = self.format.widths[: self.format.stored]
         most = 2 ** max(widths, default=0) - 1
-        edges = torch.full((*self.starts.shape, most), torch.inf)
+        levels, starts = self.levels, self.starts.long()
+        edges = levels.new_full((*starts.shape, most), torch.inf)
         for i, width in enumerate(widths):
-            table = self.levels[self.starts[:, i].long().unsqueeze(-1) + torch.arange(2**width)]
+            table = levels[starts[:, i, None] + torch.arange(2**width, device=levels.device)]
             edges[:, i, : 2**width - 1] = (table[:, 1:] + table[:, :-1]) / 2
         flat = edges.flatten(0, 1)
         same = len(flat) > 0 and bool((flat == flat[:1]).all())
@@ -151,6 +153,9 @@ class RowQuantizer:
         flat = columns.flatten(2).contiguous()
         found = torch.searchsorted(edges.expand(len(flat), -1, -1).contiguous(), flat).to(torch.uint8)
         return found.view(columns.shape).movedim(1, -1).movedim(0, -3).contiguous()
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, levels=self.levels.to(device), starts=self.starts.to(device))
 
     def rounded(self, y: Tensor) -> Tensor:
         """Stored coordinates [H, n, stored] at their nearest levels, without packing (or norm)."""

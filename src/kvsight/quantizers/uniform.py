@@ -5,6 +5,7 @@ minimum are rounded to fp16 *before* the codes are chosen, so the codes fit what
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ class GroupedQuantizer:
     def decode(self, packed: Packed) -> Tensor:
         """Codes and parameters to [..., H, n, d] in fp32."""
         return packed.read()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Itself: there are no static tensors to move."""
+        return self
 
 
 def _group(y: Tensor, form: Grouped) -> Tensor:
