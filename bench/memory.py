@@ -26,7 +26,9 @@ def main() -> None:
     arguments.add_argument("--method", default="sight")
     arguments.add_argument("--sequences", type=int, default=64)
     arguments.add_argument("--tokens", type=int, default=2048)
-    arguments.add_argument("--arm", choices=("packed", "bf16"), default=None, help="run one arm, print JSON")
+    arguments.add_argument(
+        "--arm", choices=("packed", "bf16"), default=None, help="run one arm, print JSON"
+    )
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     if options.arm is not None:
@@ -62,7 +64,11 @@ def _arm(options) -> dict[str, int]:
     before = _resident()
     _fill(cache, plan, options.sequences, options.tokens)
     grown = _resident() - before
-    held = cache.nbytes if packed else sum(t.nbytes for l in cache.layers for t in (l.keys, l.values))
+    held = (
+        cache.nbytes
+        if packed
+        else sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    )
     return {"resident_bytes": grown, "cache_bytes": held}
 
 

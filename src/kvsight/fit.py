@@ -70,7 +70,7 @@ def fit(  # noqa: PLR0913
     """
     from kvsight.trace import observe, summarise
 
-    request = _request(method, bits, key_bits, value_bits, options or {})
+    request = make_request(method, bits, key_bits=key_bits, value_bits=value_bits, options=options)
     request = replace(request, sinks=sinks, window=window, reference_length=reference_length)
     _check(request)
     source = _Hashing(batches)
@@ -79,13 +79,15 @@ def fit(  # noqa: PLR0913
     return plan_from_stats(model, stats, request, {**notes, **(provenance or {})})
 
 
-def _request(
+def make_request(
     method: str | Mapping[str, str],
-    bits: float | None,
-    key_bits: float | None,
-    value_bits: float | None,
-    options: Mapping[str, object],
+    bits: float | None = None,
+    *,
+    key_bits: float | None = None,
+    value_bits: float | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Request:
+    """A request for one method or one per side; a budget per side defaults to ``bits``."""
     names = {"k": method, "v": method} if isinstance(method, str) else dict(method)
     if set(names) != {"k", "v"}:
         raise KVSightError(f"method is a name or {{'k': name, 'v': name}}; got keys {sorted(names)}.")
@@ -93,7 +95,7 @@ def _request(
         "k": bits if key_bits is None else key_bits,
         "v": bits if value_bits is None else value_bits,
     }
-    return Request({"k": names["k"], "v": names["v"]}, limits, options)
+    return Request({"k": names["k"], "v": names["v"]}, limits, options or {})
 
 
 def _check(request: Request) -> None:
