@@ -1,0 +1,146 @@
+"""Formats: exact bytes, specs that read back, and messages that say what to do."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvsight.errors import KVSightError
+from kvsight.formats import (
+    Dense,
+    Grouped,
+    Packed,
+    Row,
+    concat,
+    dtype_from_name,
+    dtype_name,
+    empty,
+    format_from_spec,
+)
+
+FORMATS = [
+    (Dense(5), 10, 0, 1),
+    (Dense(5, torch.float32), 20, 0, 1),
+    (Row((8, 3, 1, 0)), 2, 0, 1),
+    (Row((8, 3, 2, 0), norm=True), 4, 2, 1),
+    (Row((0, 0)), 0, 0, 1),
+    (Grouped(10, 3, 4, "channel"), 4 + 12, 12, 1),
+    (Grouped(10, 3, 4, "token"), 4 * 4 + 40, 40, 4),
+]
+
+
+@pytest.mark.parametrize(("form", "block_bytes", "meta_bytes", "block"), FORMATS, ids=lambda f: str(f))
+def test_bytes_of_one_block(form, block_bytes, meta_bytes, block):
+    assert form.block == block
+    assert form.nbytes(block) == block_bytes
+    assert form.nbytes(7 * block) == 7 * block_bytes
+    assert form.meta_nbytes(block) == meta_bytes
+    packed = empty(form, (2, 3), "cpu")
+    assert packed.nbytes == form.nbytes(0) == 0
+    assert packed.tokens == 0
+
+
+@pytest.mark.parametrize(("form", "block"), [(f, b) for f, _, _, b in FORMATS], ids=str)
+def test_specs_read_back(form, block):
+    again = format_from_spec(form.spec())
+    assert again == form
+    assert hash(again) == hash(form)
+    assert again.fields == form.fields
+    assert again.name == form.name
+
+
+def test_effective_bits_of_the_published_settings():
+    def bits(form, tokens):
+        return 8 * form.nbytes(tokens) / (tokens * form.dim)
+
+    for dim in (64, 128):
+        assert bits(Grouped(dim, 2, 32, "token"), 32) == 3.0
+        assert bits(Grouped(dim, 2, 32, "channel"), 32) == 3.0
+        assert bits(Row((3,) * dim, norm=True), 1) == 3 + 16 / dim
+    assert bits(Grouped(128, 2, 128, "token"), 128) == 2.25
+    assert bits(Grouped(128, 4, 128, "channel"), 1) == 4.25
+    assert bits(Grouped(64, 4, 64, "channel"), 1) == 4.5
+
+
+@given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 300))
+def test_ragged_groups_pay_for_a_whole_pair(dim, bits, group):
+    group = min(group, dim)
+    form = Grouped(dim, bits, group, "channel")
+    assert form.nbytes(1) == math.ceil(dim * bits / 8) + 4 * math.ceil(dim / group)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Row((9, 1)), r"row widths must be 0 to 8; got \(9, 1\)"),
+        (lambda: Row((1, 2)), r"must fall from first to last; got \(1, 2\)\. Permute"),
+        (lambda: Grouped(8, 0, 4, "token"), "1 to 8 bits; got 0"),
+        (lambda: Grouped(8, 9, 4, "token"), "1 to 8 bits; got 9"),
+        (lambda: Grouped(8, 4, 9, "channel"), "group 9 does not fit 8 channels"),
+        (lambda: Grouped(8, 4, 0, "token"), "group 0 does not fit"),
+        (lambda: Grouped(8, 4, 32, "token").nbytes(33), "whole blocks of 32 tokens; got 33. Keep the rem"),
+        (lambda: format_from_spec({"kind": "ternary"}), r"unknown format \{'kind': 'ternary'\}"),
+        (lambda: format_from_spec({"kind": "row", "widths": [1]}), "knows row, grouped and dense"),
+        (
+            lambda: format_from_spec({"kind": "dense", "dim": 2, "dtype": "int8"}),
+            "unknown number type 'int8'",
+        ),
+        (lambda: dtype_name(torch.int8), "stored as bfloat16, float16, float32, float64; got torch.int8"),
+    ],
+)
+def test_misfits_are_refused_with_what_to_do(make, message):
+    with pytest.raises(KVSightError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32", "float64"])
+def test_number_types_have_one_name(name):
+    assert dtype_from_name(name) == getattr(torch, name)
+    assert dtype_name(getattr(torch, name)) == name
+
+
+def numbered(form, batch, heads, blocks):
+    """Every stored number differs, so that a misplaced one shows."""
+    tensors, start = [], 0
+    for field in form.fields:
+        shape = (batch, heads, blocks * form.block // field.every, field.width)
+        values = torch.arange(start, start + math.prod(shape)).reshape(shape)
+        tensors.append(values.to(field.dtype) if field.dtype != torch.uint8 else (values % 251).byte())
+        start += 17
+    return Packed(form, tuple(tensors))
+
+
+@pytest.mark.parametrize(
+    "form", [Dense(3, torch.float32), Row((5, 3), norm=True), Grouped(3, 4, 4, "token")]
+)
+def test_narrow_and_concat_are_inverse(form):
+    whole = numbered(form, 2, 3, 6)
+    cut = 2 * form.block
+    parts = [whole.narrow(0, cut), whole.narrow(cut, cut), whole.narrow(cut, 6 * form.block)]
+    again = concat(parts)
+    assert again.tokens == 6 * form.block
+    assert [p.tokens for p in parts] == [cut, 0, 4 * form.block]
+    assert all(map(torch.equal, again.tensors, whole.tensors))
+    assert sum(p.nbytes for p in parts) == whole.nbytes == 2 * 3 * form.nbytes(6 * form.block)
+
+
+def test_narrow_cuts_at_blocks_only():
+    with pytest.raises(KVSightError, match="cut at multiples of 4 tokens; got 0:6"):
+        numbered(Grouped(3, 4, 4, "token"), 1, 1, 2).narrow(0, 6)
+
+
+def test_select_repeats_and_reorders_sequences():
+    packed = numbered(Row((5, 3), norm=True), 3, 2, 4)
+    chosen = packed.select(torch.tensor([2, 0, 2]))
+    for ours, theirs in zip(chosen.tensors, packed.tensors, strict=True):
+        assert torch.equal(ours, theirs[[2, 0, 2]])
+
+
+def test_contiguous_owns_its_memory():
+    view = numbered(Row((8, 8)), 1, 1, 100).narrow(0, 1)
+    assert view.tensors[0].untyped_storage().nbytes() == 200
+    owned = view.contiguous()
+    assert owned.tensors[0].untyped_storage().nbytes() == 2
+    assert torch.equal(owned.tensors[0], view.tensors[0])
