@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.packing import MAX_WIDTH, packed_width, unpack_row
+from kvsight.packing import MAX_WIDTH, packed_width, unpack_columns, unpack_row
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class Row(Format):
     def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
         """``levels[start + code]``, times the norm where one is stored."""
         levels, starts = tables
-        index = unpack_row(tensors[0], self.widths).int().add_(starts.unsqueeze(-2))
-        y = levels.index_select(0, index.view(-1)).view(index.shape)
+        index = unpack_columns(tensors[0], self.widths).int().add_(starts.unsqueeze(-1))
+        y = levels.index_select(0, index.view(-1)).view(index.shape).mT
         return y * tensors[1].to(y) if self.norm else y
 
     def spec(self) -> dict[str, object]:

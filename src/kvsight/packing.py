@@ -17,20 +17,22 @@ MAX_WIDTH = 8
 
 # sum of b_i·2^(56-7i): times eight 0/1 bytes, the top byte of the product holds them as bits
 _GATHER_BITS = 0x0102040810204080
+# a one in every byte of a word
+_BYTES = 0x0101010101010101
 
 
 @dataclass(frozen=True)
 class _Plane:
     """Pieces of ``size`` bits, in storage order: piece j is code bits ``low[j]`` and up of ``owner[j]``.
 
-    ``runs`` lists (first piece, last piece + 1, first owner): neighbours in both orders.
+    ``runs`` lists (first piece, last piece + 1, first owner, low): neighbours in both orders.
     """
 
     size: int
     start_bit: int
     owner: tuple[int, ...]
     low: tuple[int, ...]
-    runs: tuple[tuple[int, int, int], ...]
+    runs: tuple[tuple[int, int, int, int], ...]
 
 
 def packed_width(widths: Sequence[int]) -> int:
@@ -52,35 +54,33 @@ def _planes(widths: tuple[int, ...]) -> tuple[_Plane, ...]:
     for size, pieces in cuts:
         if pieces:
             owner, low = zip(*pieces, strict=True)
-            planes.append(_Plane(size, start, owner, low, _runs(owner)))
+            planes.append(_Plane(size, start, owner, low, _runs(owner, low)))
         start += size * len(pieces)
     return tuple(planes)
 
 
-def _runs(owner: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    runs: list[tuple[int, int, int]] = []
-    for j, i in enumerate(owner):
-        if runs and i == runs[-1][2] + j - runs[-1][0]:
-            runs[-1] = (runs[-1][0], j + 1, runs[-1][2])
+def _runs(owner: Sequence[int], low: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
+    runs: list[tuple[int, int, int, int]] = []
+    for j, (i, shift) in enumerate(zip(owner, low, strict=True)):
+        if runs and i == runs[-1][2] + j - runs[-1][0] and shift == runs[-1][3]:
+            runs[-1] = (runs[-1][0], j + 1, runs[-1][2], shift)
         else:
-            runs.append((j, j + 1, i))
+            runs.append((j, j + 1, i, shift))
     return tuple(runs)
 
 
 @lru_cache(maxsize=64)
-def _piece_table(size: int, device: torch.device) -> Tensor:
-    """[256] words: the bytes of word b are the ``8 / size`` pieces of byte b."""
+def _shifts(size: int, device: torch.device) -> Tensor:
+    """[8 / size, 1]: where the pieces of a byte begin."""
+    return torch.arange(0, 8, size, device=device).unsqueeze(-1)
+
+
+@lru_cache(maxsize=64)
+def _bit_table(device: torch.device) -> Tensor:
+    """[256] int64 words: the bytes of word b are the eight bits of b."""
     octets = torch.arange(256, dtype=torch.int64).unsqueeze(-1)
-    pieces = (octets >> torch.arange(0, 8, size)) & ((1 << size) - 1)
-    word = {4: torch.int16, 2: torch.int32, 1: torch.int64}[size]
-    return pieces.to(torch.uint8).contiguous().view(word).flatten().to(device)
-
-
-@lru_cache(maxsize=4096)
-def _scale(widths: tuple[int, ...], index: int, device: torch.device) -> Tensor | None:
-    """What shifts each piece of one plane to its place, as a factor; None when nothing moves."""
-    low = _planes(widths)[index].low
-    return torch.tensor([1 << s for s in low], dtype=torch.uint8, device=device) if any(low) else None
+    bits = (octets >> torch.arange(8)) & 1
+    return bits.to(torch.uint8).contiguous().view(torch.int64).flatten().to(device)
 
 
 @lru_cache(maxsize=4096)
@@ -99,7 +99,8 @@ def pack_row(codes: Tensor, widths: Sequence[int]) -> Tensor:
     """Pack uint8 codes ``[..., stored]`` into uint8 rows ``[..., packed_width(widths)]``."""
     if codes.shape[-1] == 0:
         return codes
-    bits = _lookup(codes, _piece_table(1, codes.device))
+    words = _bit_table(codes.device).index_select(0, codes.reshape(-1).int())
+    bits = words.view(torch.uint8).view(*codes.shape[:-1], 8 * codes.shape[-1])
     bits = bits.index_select(-1, _bit_order(tuple(widths), codes.device))
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
     words = bits.view(torch.int64)
@@ -108,31 +109,34 @@ def pack_row(codes: Tensor, widths: Sequence[int]) -> Tensor:
 
 def unpack_row(rows: Tensor, widths: Sequence[int]) -> Tensor:
     """Inverse of ``pack_row``: uint8 codes ``[..., stored]``, zero widths left out."""
+    flat = rows.unsqueeze(-2) if rows.dim() == 1 else rows
+    codes = unpack_columns(flat, widths).mT
+    return codes.squeeze(-2) if rows.dim() == 1 else codes
+
+
+def unpack_columns(rows: Tensor, widths: Sequence[int]) -> Tensor:
+    """Codes of rows ``[..., n, bytes]`` as ``[..., stored, n]``.
+
+    Tokens run fastest, so eight of them share an int64 word: no piece leaves its byte when it moves.
+    """
     widths = tuple(widths)
-    stored = len(widths) - widths.count(0)
-    codes: Tensor | None = None
-    for i, plane in enumerate(_planes(widths)):
-        pieces = _pieces(rows, plane)
-        scale = _scale(widths, i, rows.device)
-        pieces = pieces if scale is None else pieces * scale
-        if codes is None and len(plane.owner) == stored:
-            codes = pieces
-            continue
-        if codes is None:
-            codes = torch.zeros(*rows.shape[:-1], stored, dtype=torch.uint8, device=rows.device)
-        for first, last, owner in plane.runs:
-            codes[..., owner : owner + last - first] |= pieces[..., first:last]
-    return rows[..., :0] if codes is None else codes
+    stored, tokens = len(widths) - widths.count(0), rows.shape[-2]
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -tokens % 8))
+    words = padded.mT.clone(memory_format=torch.contiguous_format).view(torch.int64)
+    codes = words.new_zeros(*words.shape[:-2], stored, words.shape[-1])
+    for plane in _planes(widths):
+        pieces = _pieces(words, plane)
+        for first, last, owner, low in plane.runs:
+            moved = pieces[..., first:last, :]
+            codes[..., owner : owner + last - first, :] |= moved << low if low else moved
+    return codes.view(torch.uint8)[..., :tokens]
 
 
-def _pieces(rows: Tensor, plane: _Plane) -> Tensor:
+def _pieces(words: Tensor, plane: _Plane) -> Tensor:
+    """All pieces of one plane, each at the bottom of its byte: [..., pieces, n / 8]."""
     first, skip = plane.start_bit // 8, plane.start_bit % 8 // plane.size
-    count = len(plane.owner)
-    last = -(-(plane.start_bit + plane.size * count) // 8)
-    return _lookup(rows[..., first:last], _piece_table(plane.size, rows.device))[..., skip : skip + count]
-
-
-def _lookup(octets: Tensor, table: Tensor) -> Tensor:
-    """Each byte's table word, as bytes: one gather yields all pieces of a byte."""
-    words = table.index_select(0, octets.reshape(-1).int())
-    return words.view(torch.uint8).view(*octets.shape[:-1], octets.shape[-1] * table.element_size())
+    last = -(-(plane.start_bit + plane.size * len(plane.owner)) // 8)
+    octets = words[..., first:last, :]
+    mask = _BYTES * ((1 << plane.size) - 1)
+    pieces = ((octets.unsqueeze(-2) >> _shifts(plane.size, words.device)) & mask).flatten(-3, -2)
+    return pieces[..., skip : skip + len(plane.owner), :]
