@@ -75,6 +75,10 @@ class Codec:
                 "Keep the remainder in the dense tail."
             )
         check_finite(x)
+        return self.encode_checked(x)
+
+    def encode_checked(self, x: Tensor) -> Packed:
+        """``encode`` for callers that have checked x themselves."""
         return self.quantizer.encode(self.transform.forward(self._compute(x)))
 
     def decode(self, packed: Packed) -> Tensor:

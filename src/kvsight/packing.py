@@ -121,8 +121,11 @@ def unpack_columns(rows: Tensor, widths: Sequence[int]) -> Tensor:
     """
     widths = tuple(widths)
     stored, tokens = len(widths) - widths.count(0), rows.shape[-2]
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, -tokens % 8))
-    words = padded.mT.clone(memory_format=torch.contiguous_format).view(torch.int64)
+    if rows.numel() == 0:
+        return rows.new_empty(*rows.shape[:-2], stored, tokens)
+    columns = rows.new_zeros(*rows.shape[:-2], rows.shape[-1], tokens + -tokens % 8)
+    columns[..., :tokens] = rows.mT
+    words = columns.view(torch.int64)
     codes = words.new_zeros(*words.shape[:-2], stored, words.shape[-1])
     for plane in _planes(widths):
         pieces = _pieces(words, plane)

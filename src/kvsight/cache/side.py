@@ -79,17 +79,15 @@ def append(state: SideState, x: Tensor) -> SideState:
         )
     x = x.detach()
     last = state.retention.exact_last
-    room = state.retention.exact_first - state.sinks.shape[2]
-    if state.block > 1 or last > 0 or room > 0:
-        # the codec would see tokens that stay exact too late or never
-        check_finite(x)
+    missing = state.retention.exact_first - state.sinks.shape[2]
+    check_finite(x)
     if state.block > 1 or last > 0:
         # tokens may wait in the tail first: rounding all of them keeps codes independent of chunking
         x = x.to(state.dense_dtype)
     sinks = state.sinks
-    if room > 0:
-        sinks = torch.cat([sinks, x[:, :, :room].to(state.dense_dtype)], dim=2)
-        x = x[:, :, room:]
+    if missing > 0:
+        sinks = torch.cat([sinks, x[:, :, :missing].to(state.dense_dtype)], dim=2)
+        x = x[:, :, missing:]
     pool = torch.cat([state.tail, x], dim=2) if state.tail.shape[2] else x
     commit = max(0, pool.shape[2] - last) // state.block * state.block
     coded = state.coded
@@ -108,10 +106,10 @@ def _grown(old: Packed, codec: Codec, x: Tensor) -> Packed:
     per_token = x.shape[0] * x.shape[1] * x.shape[3]
     step = max(1, _ENCODE // (per_token * block)) * block
     if x.shape[2] <= step:
-        return concat([old, codec.encode(x)])
+        return concat([old, codec.encode_checked(x)])
     grown = room(old, x.shape[2])
     for start in range(0, x.shape[2], step):
-        piece = codec.encode(x[:, :, start : start + step])
+        piece = codec.encode_checked(x[:, :, start : start + step])
         grown.narrow(old.tokens + start, old.tokens + start + piece.tokens).copy_(piece)
     return grown
 

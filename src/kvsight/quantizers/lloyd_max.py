@@ -128,7 +128,7 @@ class RowQuantizer:
             rms = y.square().mean(dim=-1, keepdim=True).sqrt().clamp_max(largest).half()
             y = torch.where(rms > 0, y / rms.to(y), torch.zeros_like(y))
             norms = (rms,)
-        codes = self._nearest(y[..., : self.format.stored])
+        codes = self._nearest(y[..., : self.format.stored].float())
         return Packed(self.format, (pack_row(codes, self.format.widths), *norms))
 
     @cached_property
