@@ -37,7 +37,7 @@ def main() -> None:
     arms = {}
     for arm in ("bf16", "packed"):
         command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         arms[arm] = json.loads(output.splitlines()[-1])
     result = {
         "model": options.model or "pico-8m",
