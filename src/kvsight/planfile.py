@@ -44,6 +44,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     try:
         tensors = _tensors(plan)
         save_file(tensors, scratch / _TENSORS)
+        (scratch / _TENSORS).chmod(0o644)
         body = _body(plan)
         body["tensors_sha256"] = _sha256(scratch / _TENSORS)
         body["plan_sha256"] = digest(body)

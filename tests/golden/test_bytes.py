@@ -1,0 +1,109 @@
+"""One block of every format, byte by byte, from inputs small enough to check by hand.
+
+These bytes lie in users' files: a change here is a change of the format version.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvsight.formats import Dense, Format, Grouped, Packed, Row
+from kvsight.quantizers.dense import DenseQuantizer
+from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.uniform import GroupedQuantizer
+
+DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """``block`` [tokens, dim] is stored as ``stored`` (hex per field) and reads back as ``read``."""
+
+    quantizer: RowQuantizer | GroupedQuantizer | DenseQuantizer
+    block: list[list[float]]
+    stored: dict[str, str]
+    read: list[list[float]] | None = None
+
+    @property
+    def format(self) -> Format:
+        return self.quantizer.format
+
+
+def rows(widths, levels, starts, norm=False):
+    return RowQuantizer(Row(widths, norm), torch.tensor(levels), torch.tensor([starts], dtype=torch.int32))
+
+
+CODES_AS_LEVELS = [float(i) for i in range(256)]
+
+GOLDEN = {
+    "row": Golden(
+        rows((8, 5, 3, 2, 1, 0), CODES_AS_LEVELS, [0, 0, 0, 0, 0]),
+        [[0xA6, 0b10111, 0b101, 0b11, 0b1, 9]],
+        {"codes": "ba e6 07"},
+        read=[[166, 23, 5, 3, 1]],
+    ),
+    "row, every width": Golden(
+        rows((8, 7, 6, 5, 4, 3, 2, 1), CODES_AS_LEVELS, [0] * 8),
+        [[0x12, 0b0011_01_0, 0b0100_11, 0b0101_1, 0x6, 0b10_1, 0b01, 1]],
+        {"codes": "31 54 26 6d 0e"},
+    ),
+    "row with a norm": Golden(
+        rows((2, 1, 1, 0), [-1.0, 1.0, -3.0, -1.0, 1.0, 3.0], [2, 0, 0], norm=True),
+        [[2, -2, 2, 2]],
+        {"codes": "0a", "norm": "00 40"},
+        read=[[2, -2, 2]],
+    ),
+    "grouped along channels": Golden(
+        GroupedQuantizer(Grouped(5, 3, 4, "channel")),
+        [[0, 1, 2, 7, 5]],
+        {"codes": "d0 28", "scale": "00 3c 00 00", "zero": "00 00 00 45"},
+    ),
+    "grouped along tokens": Golden(
+        GroupedQuantizer(Grouped(2, 2, 4, "token")),
+        [[0, 2], [1, 1], [2, 0], [3, -1]],
+        {"codes": "0c 09 06 03", "scale": "00 3c 00 3c", "zero": "00 00 00 bc"},
+    ),
+    "dense bfloat16": Golden(
+        DenseQuantizer(Dense(2, torch.bfloat16)), [[1, -2]], {"values": "80 3f 00 c0"}
+    ),
+    "dense float16": Golden(DenseQuantizer(Dense(2, torch.float16)), [[1, -2]], {"values": "00 3c 00 c0"}),
+    "dense float32": Golden(
+        DenseQuantizer(Dense(2, torch.float32)), [[1, -2]], {"values": "00 00 80 3f 00 00 00 c0"}
+    ),
+}
+
+
+def hexadecimal(tensor):
+    return bytes(tensor.contiguous().view(torch.uint8).flatten().tolist()).hex(" ")
+
+
+def from_hex(golden):
+    tensors = []
+    for field in golden.format.fields:
+        raw = torch.tensor(list(bytes.fromhex(golden.stored[field.name])), dtype=torch.uint8)
+        tensors.append(raw.view(field.dtype).view(1, 1, -1, field.width))
+    return Packed(golden.format, tuple(tensors))
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_block_is_stored_as(golden):
+    packed = golden.quantizer.encode(torch.tensor([[golden.block]], dtype=torch.float32))
+    names = [field.name for field in golden.format.fields]
+    stored = dict(zip(names, map(hexadecimal, packed.tensors), strict=True))
+    assert stored == golden.stored
+    assert packed.nbytes == golden.format.nbytes(len(golden.block))
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_bytes_are_read_as(golden):
+    wanted = golden.block if golden.read is None else golden.read
+    assert golden.quantizer.decode(from_hex(golden))[0, 0].tolist() == wanted
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_the_documentation_shows_these_bytes(golden):
+    text = DOCS.read_text(encoding="utf-8")
+    for stored in golden.stored.values():
+        assert f"`{stored}`" in text
