@@ -22,17 +22,23 @@ _BYTES = 0x0101010101010101
 
 
 @dataclass(frozen=True)
-class _Plane:
-    """Pieces of ``size`` bits, in storage order: piece j is code bits ``low[j]`` and up of ``owner[j]``.
-
-    ``runs`` lists (first piece, last piece + 1, first owner, low): neighbours in both orders.
-    """
+class _Piece:
+    """``size`` bits: stored from bit ``at`` of the row, they are bits ``low`` and up of code ``owner``."""
 
     size: int
-    start_bit: int
-    owner: tuple[int, ...]
-    low: tuple[int, ...]
-    runs: tuple[tuple[int, int, int, int], ...]
+    at: int
+    owner: int
+    low: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Slot:
+    """The first, second or third piece of every code: which byte, how far down, its mask, how far up."""
+
+    octet: Tensor
+    down: Tensor
+    mask: Tensor
+    up: Tensor | None
 
 
 def packed_width(widths: Sequence[int]) -> int:
@@ -41,38 +47,48 @@ def packed_width(widths: Sequence[int]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _planes(widths: tuple[int, ...]) -> tuple[_Plane, ...]:
+def _pieces(widths: tuple[int, ...]) -> tuple[_Piece, ...]:
+    """All pieces of a row in storage order."""
     stored = [w for w in widths if w > 0]
     cuts = [
-        (4, [(i, w - 4) for i, w in enumerate(stored) if w >= 4]),
-        (4, [(i, 0) for i, w in enumerate(stored) if w == 8]),
-        (2, [(i, w & 1) for i, w in enumerate(stored) if w & 2 and w < 8]),
-        (1, [(i, 0) for i, w in enumerate(stored) if w & 1]),
+        *((4, i, w - 4) for i, w in enumerate(stored) if w >= 4),
+        *((4, i, 0) for i, w in enumerate(stored) if w == 8),
+        *((2, i, w & 1) for i, w in enumerate(stored) if w & 2 and w < 8),
+        *((1, i, 0) for i, w in enumerate(stored) if w & 1),
     ]
-    planes: list[_Plane] = []
-    start = 0
-    for size, pieces in cuts:
-        if pieces:
-            owner, low = zip(*pieces, strict=True)
-            planes.append(_Plane(size, start, owner, low, _runs(owner, low)))
-        start += size * len(pieces)
-    return tuple(planes)
+    pieces: list[_Piece] = []
+    at = 0
+    for size, owner, low in cuts:
+        pieces.append(_Piece(size, at, owner, low))
+        at += size
+    return tuple(pieces)
 
 
-def _runs(owner: Sequence[int], low: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
-    runs: list[tuple[int, int, int, int]] = []
-    for j, (i, shift) in enumerate(zip(owner, low, strict=True)):
-        if runs and i == runs[-1][2] + j - runs[-1][0] and shift == runs[-1][3]:
-            runs[-1] = (runs[-1][0], j + 1, runs[-1][2], shift)
-        else:
-            runs.append((j, j + 1, i, shift))
-    return tuple(runs)
+@lru_cache(maxsize=4096)
+def _slots(widths: tuple[int, ...], device: torch.device) -> tuple[_Slot, ...]:
+    """Every code's pieces side by side, in as many slots as the longest code has pieces."""
+    stored = len(widths) - widths.count(0)
+    of_code: list[list[_Piece]] = [[] for _ in range(stored)]
+    for piece in _pieces(widths):
+        of_code[piece.owner].append(piece)
+    slots: list[_Slot] = []
+    for turn in range(max(map(len, of_code), default=0)):
+        # a code without a piece in this slot masks everything away
+        row = [own[turn] if turn < len(own) else _Piece(0, 0, 0, 0) for own in of_code]
+        up = [piece.low for piece in row]
+        slots.append(
+            _Slot(
+                _column([piece.at // 8 for piece in row], device).flatten(),
+                _column([piece.at % 8 for piece in row], device),
+                _column([_BYTES * ((1 << piece.size) - 1) for piece in row], device),
+                _column(up, device) if any(up) else None,
+            )
+        )
+    return tuple(slots)
 
 
-@lru_cache(maxsize=64)
-def _shifts(size: int, device: torch.device) -> Tensor:
-    """[8 / size, 1]: where the pieces of a byte begin."""
-    return torch.arange(0, 8, size, device=device).unsqueeze(-1)
+def _column(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device).unsqueeze(-1)
 
 
 @lru_cache(maxsize=64)
@@ -86,12 +102,7 @@ def _bit_table(device: torch.device) -> Tensor:
 @lru_cache(maxsize=4096)
 def _bit_order(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """For each stored bit of a row, where it lies among the eight bits of every code."""
-    order = [
-        8 * i + low + bit
-        for plane in _planes(widths)
-        for i, low in zip(plane.owner, plane.low, strict=True)
-        for bit in range(plane.size)
-    ]
+    order = [8 * piece.owner + piece.low + bit for piece in _pieces(widths) for bit in range(piece.size)]
     return torch.tensor(order, dtype=torch.int64, device=device)
 
 
@@ -126,20 +137,10 @@ def unpack_columns(rows: Tensor, widths: Sequence[int]) -> Tensor:
     columns = rows.new_zeros(*rows.shape[:-2], rows.shape[-1], tokens + -tokens % 8)
     columns[..., :tokens] = rows.mT
     words = columns.view(torch.int64)
-    codes = words.new_zeros(*words.shape[:-2], stored, words.shape[-1])
-    for plane in _planes(widths):
-        pieces = _pieces(words, plane)
-        for first, last, owner, low in plane.runs:
-            moved = pieces[..., first:last, :]
-            codes[..., owner : owner + last - first, :] |= moved << low if low else moved
+    codes: Tensor | None = None
+    for slot in _slots(widths, rows.device):
+        piece = (words.index_select(-2, slot.octet) >> slot.down).bitwise_and_(slot.mask)
+        piece = piece if slot.up is None else piece << slot.up
+        codes = piece if codes is None else codes.bitwise_or_(piece)
+    assert codes is not None
     return codes.view(torch.uint8)[..., :tokens]
-
-
-def _pieces(words: Tensor, plane: _Plane) -> Tensor:
-    """All pieces of one plane, each at the bottom of its byte: [..., pieces, n / 8]."""
-    first, skip = plane.start_bit // 8, plane.start_bit % 8 // plane.size
-    last = -(-(plane.start_bit + plane.size * len(plane.owner)) // 8)
-    octets = words[..., first:last, :]
-    mask = _BYTES * ((1 << plane.size) - 1)
-    pieces = ((octets.unsqueeze(-2) >> _shifts(plane.size, words.device)) & mask).flatten(-3, -2)
-    return pieces[..., skip : skip + len(plane.owner), :]
