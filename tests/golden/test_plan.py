@@ -107,7 +107,7 @@ def test_every_byte_of_both_files_is_under_a_hash(tmp_path, name):
     whole = (saved / name).read_bytes()
     at = whole.index(b"kivi") if name == "plan.json" else len(whole) - 3
     (saved / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    with pytest.raises(ValueError, match="changed or truncated|corrupt or truncated"):
+    with pytest.raises(ValueError, match=r"changed or truncated|corrupt or truncated"):
         Plan.load(saved)
 
 
