@@ -59,7 +59,12 @@ def _swap(scratch: Path, path: Path) -> None:
     old = scratch.with_name(scratch.name + ".old")
     if path.exists():
         os.replace(path, old)
-    os.replace(scratch, path)
+    try:
+        os.replace(scratch, path)
+    except BaseException:
+        if old.exists():
+            os.replace(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -75,7 +80,7 @@ def load_plan(path: Path) -> Plan:
     claimed = body.pop("plan_sha256", None)
     if claimed != digest(body):
         raise KVSightError(f"{path / _JSON} was changed or truncated; fit the plan again.")
-    tensors = _read_tensors(path / _TENSORS, str(body["tensors_sha256"]))
+    tensors = _read_tensors(path / _TENSORS, str(body.get("tensors_sha256")))
     try:
         return _plan(body, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -152,7 +157,9 @@ def _tensors(plan: Plan) -> dict[str, Tensor]:
                 named = {"shift": transform.shift, "matrix": transform.matrix}
                 named |= dict(zip(("levels", "starts"), tables, strict=False))
                 prefix = f"{layer.index}.{side}.{i}"
-                out |= {f"{prefix}.{n}": t.clone() for n, t in named.items() if t is not None}
+                kept = {f"{prefix}.{n}": t for n, t in named.items() if t is not None}
+                # copies of their own: a file takes no views and no two names for one tensor
+                out |= {n: t.clone(memory_format=torch.contiguous_format) for n, t in kept.items()}
     return out
 
 
