@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvsight.errors import KVSightError
 from kvsight.integrations.attention import attention_override, implementations, original
@@ -189,6 +189,7 @@ class _Observer:
         self.model, self.sampler = model, sampler
         self.layers: dict[int, LayerTrace] = {}
         self.tokens = 0
+        self.unpackable: set[str] = set()
         self.cache: SpyCache | None = None
         self.projections: dict[int, nn.Module] = {}
         self.hooks: dict[int, list[torch.utils.hooks.RemovableHandle]] = {}
@@ -210,11 +211,16 @@ class _Observer:
         self.tokens += ids.numel()
 
     def on_cache(self, layer: int, k: Tensor, v: Tensor) -> None:
+        assert self.cache is not None
+        kind = self.cache.layers[layer]
+        if type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            self.unpackable.add(type(kind).__name__)
+            return
         key, value = _tokens(k), _tokens(v)
         if layer not in self.layers:
             self.layers[layer] = LayerTrace(
                 layer,
-                self._window(layer),
+                int(kind.sliding_window) if isinstance(kind, DynamicSlidingWindowLayer) else None,
                 Moments.zero(key.shape[0], key.shape[2]),
                 Moments.zero(value.shape[0], value.shape[2]),
             )
@@ -222,11 +228,6 @@ class _Observer:
         seen.key, seen.value = seen.key.add(key), seen.value.add(value)
         seen.key_sample = self.sampler.update(seen.key_sample, key)
         seen.value_sample = self.sampler.update(seen.value_sample, value)
-
-    def _window(self, layer: int) -> int | None:
-        assert self.cache is not None
-        kind = self.cache.layers[layer]
-        return int(kind.sliding_window) if type(kind) is DynamicSlidingWindowLayer else None
 
     def on_query(self, module: nn.Module, layer: int, q: Tensor, k: Tensor) -> None:
         assert self.cache is not None
@@ -253,9 +254,9 @@ class _Observer:
 
         def found(child: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0] if inputs else None
-            usable = isinstance(x, Tensor) and x.shape[-1] == width
             for handle in self.hooks[id(module)]:
                 handle.remove()
+            usable = isinstance(x, Tensor) and x.shape[-1] == width and _is_linear(child, x)
             if usable and seen.output_metric is None:
                 seen.output_metric = _output_metric(child, width, seen.value, heads, x)
 
@@ -263,7 +264,13 @@ class _Observer:
         self.hooks[id(module)] = [child.register_forward_pre_hook(found) for child in children]
 
     def trace(self, listens: bool) -> Trace:
-        notes: list[str] = []
+        kinds = ", ".join(sorted(self.unpackable))
+        if not self.layers:
+            raise KVSightError(
+                "this model caches no keys and values that kvsight can pack"
+                + (f": its layers are of the kind {kinds}." if kinds else ".")
+            )
+        notes = [f"layers of the kind {kinds} keep other state too and stay unpacked"] if kinds else []
         if not listens:
             notes.append(
                 "the model has no attention interface: queries were not seen, keys use storage error"
@@ -286,6 +293,13 @@ def _pool(q: Tensor, kv_heads: int) -> Tensor:
     batch, heads, tokens, dim = q.shape
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
     return grouped.permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+
+def _is_linear(child: nn.Module, x: Tensor) -> bool:
+    """Whether doubling one token doubles what the module adds to its bias (a norm fails here)."""
+    token = x.flatten(0, -2)[:1]
+    none, once, twice = (child(token * factor) for factor in (0, 1, 2))
+    return torch.allclose(twice - none, 2 * (once - none), rtol=1e-2, atol=1e-6)
 
 
 def _output_metric(child: nn.Module, width: int, value: Moments, heads: int, x: Any) -> Tensor:

@@ -15,6 +15,7 @@ def _model(name, attention=None):
 @cache
 def _plan(name, method, items):
     settings = dict(items)
+    settings["options"] = dict(settings.get("options", ()))
     if method != "identity":
         settings.setdefault("bits", 4.0)
     return kvsight.fit(_model(name), zoo.batches(), method=method, **settings)

@@ -151,10 +151,48 @@ KINDS: dict[str, Kind] = {
 }
 
 
+# built for one purpose each, and in no list of tests
+OTHERS: dict[str, Kind] = {
+    "bitnet": Kind("bitnet"),
+    "mamba": Kind(
+        "mamba",
+        attention="eager",
+        base={"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2},
+    ),
+    "falcon-h1": Kind(
+        "falcon_h1",
+        {
+            "eos_token_id": 1,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 8,
+            "mamba_expand": 1,
+        },
+    ),
+}
+
+# one cached layer: nothing that attention rounds reaches a code
+SINGLE: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 1},
+    "qwen3": {"num_hidden_layers": 1},
+    "gpt2": {"n_layer": 1},
+    "gemma3": {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+    "qwen3-next": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+}
+
+
 def build(name: str, seed: int = 0, attention: str | None = None, **changes: Any) -> Any:
-    """A model in eval mode, its weights large enough that its next tokens differ."""
-    kind = KINDS[name]
-    config = AutoConfig.for_model(kind.family, **{**kind.base, **kind.sizes, **_SPECIAL, **changes})
+    """A model in eval mode, its weights large enough that its next tokens differ.
+
+    ``name`` may end in ``-1layer``.
+    """
+    if name.endswith("-1layer"):
+        name = name.removesuffix("-1layer")
+        changes = {**SINGLE[name], **changes}
+    kind = {**KINDS, **OTHERS}[name]
+    config = AutoConfig.for_model(kind.family, **{**_SPECIAL, **kind.base, **kind.sizes, **changes})
     torch.manual_seed(seed)
     config._attn_implementation = attention or kind.attention
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

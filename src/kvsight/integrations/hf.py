@@ -12,7 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from kvsight.atomic import replace_file
 from kvsight.cache import side as sides
@@ -227,7 +232,10 @@ class PackedCache(Cache):
         kind = {DynamicLayer: PackedLayer, DynamicSlidingWindowLayer: PackedSlidingLayer}
         packed = kind.get(type(template))
         if packed is None:
-            return template
+            raise KVSightError(
+                f"layer {layer.index} is a {type(template).__name__}, which kvsight cannot pack. "
+                "Pass the config of the model that the plan was fitted to."
+            )
         return packed(self.plan, layer, self.reads, self.prefill == "raw")
 
     def _packed_layers(self) -> Iterator[PackedLayer]:
@@ -244,9 +252,12 @@ class PackedCache(Cache):
         state: dict[str, Any] = {}
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, PackedLayer):
-                raise KVSightError(
-                    f"layer {i} keeps other state than keys and values; this cache cannot be saved."
-                )
+                # a layer that reads another's keys and values is no cache layer and holds nothing
+                if isinstance(layer, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+                    raise KVSightError(
+                        f"layer {i} keeps other state than keys and values; this cache cannot be saved."
+                    )
+                continue
             if layer.key_state is None or layer.value_state is None:
                 continue
             state[str(i)] = {
