@@ -57,10 +57,8 @@ def _arm(options) -> dict[str, int]:
     ids = windows(tokenizer, assets.text("calibration"), 1024, 4)
     plan = kvsight.fit(model, ids.split(1), bits=options.bits, method=options.method)
     packed = options.arm == "packed"
-    config = model.config
-    cache = kvsight.PackedCache(plan, config) if packed else DynamicCache(config=config)
-    _fill(cache, plan, 1, 64)
-    cache.reset()
+    _fill(_cache(plan, model.config, packed), plan, 1, 64)
+    cache = _cache(plan, model.config, packed)
     before = _resident()
     _fill(cache, plan, options.sequences, options.tokens)
     grown = _resident() - before
@@ -70,6 +68,10 @@ def _arm(options) -> dict[str, int]:
         else sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     )
     return {"resident_bytes": grown, "cache_bytes": held}
+
+
+def _cache(plan, config, packed: bool):
+    return kvsight.PackedCache(plan, config) if packed else DynamicCache(config=config)
 
 
 def _fill(cache, plan, sequences: int, tokens: int) -> None:
