@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvsight.errors import KVSightError
 from kvsight.quantizers.lloyd_max import gaussian
-from kvsight.waterfill import reverse_water_fill
+from kvsight.waterfill import reverse_water_fill, share_bytes
 
 DISTORTION = [1.0, *(gaussian(bits).distortion for bits in range(1, 9))]
 variances = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4).map(lambda v: sorted(v, reverse=True))
@@ -63,3 +63,40 @@ def test_the_widest_takes_all_it_can():
 def test_budgets_that_no_widths_meet(bits):
     with pytest.raises(KVSightError, match=f"cannot spend {bits} bits on 3 coordinates of at most 8"):
         reverse_water_fill(torch.ones(3), bits, DISTORTION)
+
+
+def shared_cost(heads, shares):
+    filled = (
+        reverse_water_fill(torch.tensor(v), 8 * n, DISTORTION) for v, n in zip(heads, shares, strict=True)
+    )
+    return sum(cost(v, widths) for v, widths in zip(heads, filled, strict=True))
+
+
+@given(
+    st.lists(st.lists(st.floats(1e-3, 1e3), min_size=8, max_size=8), min_size=1, max_size=3),
+    st.integers(1, 24),
+)
+def test_heads_share_bytes_almost_as_well_as_any_whole_bytes_can(values, total):
+    heads = [sorted(v, reverse=True) for v in values]
+    total = min(max(total, len(heads)), 8 * len(heads))
+    shares = share_bytes(torch.tensor(heads, dtype=torch.float64), total, DISTORTION)
+    assert sum(shares) == total
+    assert all(1 <= share <= 8 for share in shares)
+    options = [o for o in itertools.product(range(1, 9), repeat=len(heads)) if sum(o) == total]
+    best = min(shared_cost(heads, option) for option in options)
+    # rounding to whole bytes moves less than a byte per head from where unrounded bits would lie
+    moved = [o for o in options if all(abs(a - b) <= 1 for a, b in zip(o, shares, strict=True))]
+    assert min(shared_cost(heads, option) for option in moved) <= best * (1 + 1e-9)
+
+
+def test_a_louder_head_gets_more_bytes():
+    # a factor of 4^2 in variance is worth two bits per coordinate at a high rate
+    heads = torch.ones(2, 16, dtype=torch.float64) * torch.tensor([[16.0], [1.0]])
+    assert share_bytes(heads, 2 * 16 * 5 // 8, DISTORTION) == [12, 8]
+    assert share_bytes(torch.tensor([[1e9] * 8, [1.0] * 8]), 9, DISTORTION) == [8, 1]
+
+
+@pytest.mark.parametrize("total", [1, 17])
+def test_bytes_that_no_heads_can_share(total):
+    with pytest.raises(KVSightError, match=f"cannot share {total} bytes among 2 heads of 1 to 8 bytes"):
+        share_bytes(torch.ones(2, 8), total, DISTORTION)

@@ -1,0 +1,211 @@
+"""What methods choose under a budget, against numbers worked out by hand."""
+
+import pytest
+import torch
+
+import kvsight
+from kvsight.errors import KVSightError
+from kvsight.formats import Dense, Grouped, Row
+from kvsight.methods.base import Budget
+from kvsight.quantizers.lloyd_max import fitted_stretch, gaussian, row_quantizer
+from kvsight.retention import Retention
+from kvsight.testing import random_stats
+
+STATS = {dim: random_stats(2, dim, seed=1) for dim in (64, 128)}
+
+
+def limit(bits, sinks=0, window=0, sliding=None, seen=1024):
+    return Budget(bits, seen, Retention(sinks, window, sliding), torch.bfloat16)
+
+
+def place(name, side, budget, dim=64, **options):
+    method = kvsight.method_info(name)
+    return method.build(side, STATS[dim], budget, method.with_defaults(options))
+
+
+def only_format(name, side, bits, dim=64, **options):
+    (placement,) = place(name, side, limit(bits), dim, **options)
+    assert placement.heads == (0, 1)
+    return placement.codec.format
+
+
+def test_the_registry_is_alphabetical_and_complete():
+    assert list(kvsight.methods()) == sorted(kvsight.methods())
+    assert {"identity", "int", "kivi", "sight", "turboquant"} <= set(kvsight.methods())
+
+
+@pytest.mark.parametrize(
+    ("asked", "start"),
+    [("kiwi", "unknown method 'kiwi'. Did you mean kivi?"), ("xyz", "unknown method 'xyz'. Available: ")],
+)
+def test_unknown_methods_get_the_nearest_and_the_list(asked, start):
+    with pytest.raises(KVSightError) as caught:
+        kvsight.method_info(asked)
+    assert str(caught.value).startswith(start)
+    assert all(name in str(caught.value) for name in kvsight.methods())
+
+
+@pytest.mark.parametrize(
+    ("side", "bits", "dim", "wanted"),
+    [
+        ("k", 3.0, 64, Grouped(64, 2, 32, "token")),
+        ("k", 2.9, 64, Grouped(64, 2, 64, "token")),
+        ("k", 3.3, 64, Grouped(64, 3, 128, "token")),
+        ("k", 4.0, 128, Grouped(128, 3, 32, "token")),
+        ("k", 16.0, 64, Grouped(64, 8, 32, "token")),
+        ("v", 3.0, 64, Grouped(64, 2, 32, "channel")),
+        ("v", 2.4, 128, Grouped(128, 2, 128, "channel")),
+        ("v", 2.5, 64, Grouped(64, 2, 64, "channel")),
+    ],
+)
+def test_kivi_takes_the_dearest_pair_that_fits(side, bits, dim, wanted):
+    assert only_format("kivi", side, bits, dim) == wanted
+
+
+def test_kivi_keeps_to_the_group_asked_for():
+    assert only_format("kivi", "k", 3.3, group=16) == Grouped(64, 1, 16, "token")
+    assert only_format("kivi", "v", 4.0, group=128) == Grouped(64, 3, 64, "channel")
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "wanted"),
+    [
+        (4.5, {}, Grouped(64, 4, 64, "channel")),
+        (4.49, {}, Grouped(64, 3, 64, "channel")),
+        (5.0, {"group": 32}, Grouped(64, 4, 32, "channel")),
+        (4.5, {"axis": "channel"}, Grouped(64, 4, 64, "token")),
+        (4.5, {"axis": "channel", "group": "128"}, Grouped(64, 4, 128, "token")),
+    ],
+)
+def test_int_rounds_down_to_whole_bits(bits, options, wanted):
+    for side in ("k", "v"):
+        assert only_format("int", side, bits, **options) == wanted
+
+
+def test_turboquant_pays_for_its_norm():
+    assert only_format("turboquant", "k", 3.25) == Row((3,) * 64, norm=True)
+    assert only_format("turboquant", "k", 3.2) == Row((2,) * 64, norm=True)
+    assert only_format("turboquant", "v", 3.125, dim=128) == Row((3,) * 128, norm=True)
+
+
+def test_turboquant_centres_with_the_mean_of_each_head():
+    plain, centred = (place("turboquant", "k", limit(3.25), centre=c)[0].codec for c in (False, "true"))
+    assert plain.transform.shift is None
+    assert torch.equal(centred.transform.shift, STATS[64].moments.mean)
+    assert torch.equal(centred.transform.matrix, plain.transform.matrix)
+    assert plain.heads is None
+    assert centred.heads == 2
+
+
+def test_turboquant_rotates_as_asked():
+    one, other, hadamard = (
+        place("turboquant", "k", limit(3.25), **options)[0].codec.transform.matrix
+        for options in ({}, {"seed": 1}, {"rotation": "hadamard"})
+    )
+    assert not torch.equal(one, other)
+    assert torch.allclose(hadamard.abs(), torch.full_like(hadamard, 1 / 8))
+
+
+@pytest.mark.parametrize("bits", [0.2, 1.0, 2.37, 3.0, 7.9, 8.0, 12.0])
+def test_sight_spends_whole_bytes_and_no_more(bits):
+    placements = place("sight", "k", limit(bits))
+    total = sum(len(p.heads) * p.codec.format.row_bytes for p in placements)
+    assert total == min(int(bits * 2 * 64 / 8), 2 * 64)
+    for placement in placements:
+        # rows are filled to the last bit
+        assert sum(placement.codec.format.widths) == 8 * placement.codec.format.row_bytes
+        assert placement.codec.format.fields == (placement.codec.format.fields[0],)
+
+
+def test_sight_without_a_metric_sees_storage_error():
+    seen, blind = (place("sight", "k", limit(3.0), metric=m)[0].codec for m in (True, False))
+    basis = blind.transform.inverse_matrix[0]
+    basis = basis / basis.norm(dim=-1, keepdim=True)
+    assert torch.allclose(basis @ basis.T, torch.eye(64, dtype=torch.float64), atol=1e-6)
+    other = seen.transform.inverse_matrix[0]
+    other = other / other.norm(dim=-1, keepdim=True)
+    assert not torch.allclose(other @ other.T, torch.eye(64, dtype=torch.float64), atol=1e-2)
+
+
+def test_exact_tokens_are_paid_from_the_budget():
+    # 4 + 28 of 1,024 tokens at 16 bits leave (3·1024 - 32·16) / 992 = 2.58 bits for the others
+    rich = limit(3.0, sinks=4, window=28)
+    assert rich.coded_bits() == (3 * 1024 - 32 * 16) / 992
+    placements = place("sight", "k", rich)
+    total = sum(len(p.heads) * p.codec.format.row_bytes for p in placements)
+    assert total == int(rich.coded_bits() * 2 * 64 / 8)
+    spent = sum(len(p.heads) * rich.cost(p.codec.format) for p in placements) / 2
+    assert 2.9 < spent <= 3.0
+
+
+def test_waiting_tokens_count_at_the_reference_length():
+    # 1,000 tokens in blocks of 128: 896 are coded, 104 wait at 16 bits
+    form = Grouped(64, 2, 128, "token")
+    assert limit(16, seen=1000).cost(form) == pytest.approx((896 * 2.25 + 104 * 16) / 1000)
+    assert limit(16, seen=100).cost(form) == 16
+    assert limit(16).cost(form) == 2.25
+
+
+def test_sliding_layers_count_per_visible_token():
+    # the next query sees 255 tokens; blocks of 32 hold up to 31 more
+    form = Grouped(64, 2, 32, "token")
+    kept = Retention(0, 0, 256).stored(1024, 32)
+    assert (kept.coded, kept.tail, kept.visible) == (256, 0, 255)
+    assert limit(16, sliding=256).cost(form) == pytest.approx(3.0 * 256 / 255)
+
+
+def test_a_window_of_everything_leaves_nothing_to_code():
+    assert limit(16, window=2000).cost(Row((1,) * 64)) == 16
+    assert limit(16, window=2000).coded_bits() == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "message"),
+    [
+        ("identity", 15.9, "identity cannot meet 15.9 bits: it copies the model's own numbers"),
+        ("int", 1.4, "int cannot meet 1.4 bits; its cheapest configuration here stores 1.5"),
+        ("kivi", 1.2, "kivi cannot meet 1.2 bits; its cheapest configuration here stores 1.25"),
+        ("turboquant", 1.2, "turboquant cannot meet 1.2 bits; its cheapest configuration here stores 1.25"),
+        ("sight", 0.12, "sight cannot meet 0.12 bits; its smallest row stores 0.125"),
+    ],
+)
+def test_budgets_below_the_cheapest_say_what_it_is(name, bits, message):
+    with pytest.raises(KVSightError) as caught:
+        place(name, "k", limit(bits))
+    assert str(caught.value).startswith(message)
+
+
+def test_a_budget_that_exact_tokens_use_up_says_so():
+    with pytest.raises(KVSightError, match="keep fewer tokens exact"):
+        place("sight", "k", limit(3.0, window=200))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("int", {"axis": "row"}, "int option 'axis' is 'token' or 'channel'; got 'row'"),
+        ("turboquant", {"rotation": "none"}, "'rotation' is 'haar' or 'hadamard'; got 'none'"),
+        ("sight", {"codebook": "ternary"}, "'codebook' is one of gaussian, uniform; got 'ternary'"),
+        ("sight", {"metric": "maybe"}, r"'metric' takes bool \(default True\); got 'maybe'"),
+        ("kivi", {"group": "wide"}, r"'group' takes int \(default 0\); got 'wide'"),
+        ("kivi", {"grup": 32}, "kivi has no option 'grup'; its options: group=0"),
+        ("identity", {"group": 32}, "identity has no option 'group'; its options: none"),
+    ],
+)
+def test_misfitting_options_are_refused(name, options, message):
+    with pytest.raises(KVSightError, match=message):
+        place(name, "k", limit(16), **options)
+
+
+def test_identity_keeps_the_type_of_exact_tokens():
+    (placement,) = place("identity", "v", Budget(32, 1024, Retention(0, 0), torch.float32))
+    assert placement.codec.format == Dense(64, torch.float32)
+
+
+def test_codebooks_are_stretched_to_the_sample():
+    # a sample three times as wide wants three times the scale, within the search's reach and grid
+    quantizer = row_quantizer((4, 4, 4, 0), gaussian)
+    y = torch.randn(1, 4000, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    factors = fitted_stretch(quantizer, y * torch.tensor([1.0, 2.0, 0.8, 5.0]))[0]
+    assert factors.tolist() == pytest.approx([1, 2, 0.8, 1], rel=0.08)
+    assert fitted_stretch(quantizer, y[:, :0]).tolist() == [[1, 1, 1, 1]]
