@@ -32,6 +32,14 @@ ModelOption = Annotated[
     typer.Option(help="Transformers directory or hub name.", show_default="the plan's model"),
 ]
 TextOption = Annotated[Path | None, typer.Option(help="UTF-8 text file.", show_default="embedded text")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda where there is one, else cpu"),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16.", show_default="float32 on cpu, else the model's own"),
+]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 JsonOption = Annotated[
     Path | None,
@@ -52,7 +60,9 @@ def fit_command(
     bits: Annotated[float | None, typer.Option(help="Stored bits per cached element.")] = None,
     key_bits: Annotated[float | None, typer.Option(help="The same for K alone.")] = None,
     value_bits: Annotated[float | None, typer.Option(help="The same for V alone.")] = None,
-    method: Annotated[str, typer.Option(help="A name from `kvsight methods`.")] = "sight",
+    method: Annotated[
+        str, typer.Option(help="A name from `kvsight methods`, or one per side: k=NAME,v=NAME.")
+    ] = "sight",
     option: Annotated[
         list[str] | None,
         typer.Option(help="Option of the method: name=value. Repeatable.", show_default=False),
@@ -62,6 +72,8 @@ def fit_command(
     text: TextOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibrate on this many at most.")] = 65_536,
     length: LengthOption = 1024,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     json: JsonOption = None,
 ) -> None:
     """Fit a plan to a model: which codec where, within a budget of stored bits."""
@@ -69,11 +81,13 @@ def fit_command(
     from kvsight.methods import get
 
     options = parse_options(option or ())
-    get(method)  # a typing error should not cost the loading of a model
+    named = parse_method(method)
+    for name in {named} if isinstance(named, str) else set(named.values()):
+        get(name)  # a typing error should not cost the loading of a model
     if output.exists() and not (output / "plan.json").is_file():
         raise KVSightError(f"{output} exists and is not a plan; choose another --output.")
     with progress() as update:
-        network, tokenizer = _load(model or "", update)
+        network, tokenizer = _load(model or "", update, device, dtype)
         ids = _windows(tokenizer, text, "calibration", length, max(1, tokens // length))
         plan = fit(
             network,
@@ -81,7 +95,7 @@ def fit_command(
             bits=bits,
             key_bits=key_bits,
             value_bits=value_bits,
-            method=method,
+            method=named,
             options=options,
             sinks=sinks,
             window=window,
@@ -106,6 +120,8 @@ def eval_command(
     text: TextOption = None,
     windows: Annotated[int, typer.Option(min=1, help="Judge on this many at most.")] = 6,
     length: LengthOption = 1024,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     json: JsonOption = None,
 ) -> None:
     """Judge a plan on text that its calibration never saw."""
@@ -114,7 +130,7 @@ def eval_command(
 
     loaded = Plan.load(plan)
     with progress() as update:
-        network, tokenizer = _load(_model_of(loaded, model), update)
+        network, tokenizer = _load(_model_of(loaded, model), update, device, dtype)
         ids = _windows(tokenizer, text, "evaluation", length, windows)
         result = evaluate(network, loaded, ids.split(1), progress=update)
     if json is not None:
@@ -147,6 +163,8 @@ def run_command(
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many.")] = 64,
     stock: Annotated[bool, typer.Option("--stock", help="Then also run uncompressed.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Continue a prompt, greedily, with the packed cache."""
     from kvsight.integrations.generation import complete
@@ -154,7 +172,7 @@ def run_command(
 
     loaded = Plan.load(plan)
     with progress() as update:
-        network, tokenizer = _load(_model_of(loaded, model), update)
+        network, tokenizer = _load(_model_of(loaded, model), update, device, dtype)
         update("generate", 0, 1 + stock)
         packed = complete(network, tokenizer, prompt, max_new_tokens, loaded)
         update("generate", 1, 1 + stock)
@@ -219,6 +237,16 @@ def methods_command(json: JsonOption = None) -> None:
             typer.echo(f"    --option {name}={default}")
 
 
+def parse_method(text: str) -> str | dict[str, str]:
+    """A name for both sides, or ``k=NAME,v=NAME``."""
+    if "=" not in text:
+        return text
+    sides = parse_options(text.split(","))
+    if sides.keys() != {"k", "v"}:
+        raise KVSightError(f"--method takes a name, or k=NAME,v=NAME; got {text!r}.")
+    return sides
+
+
 def parse_options(pairs: Iterable[str]) -> dict[str, str]:
     """name=value pairs as a mapping; the method turns the values into its own types."""
     options: dict[str, str] = {}
@@ -237,12 +265,14 @@ def main() -> None:
     app(prog_name="kvsight")
 
 
-def _load(source: str, update: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-    """(model, tokenizer); an empty source is the embedded model."""
-    from kvsight.integrations.loading import load_model
+def _load(
+    source: str, update: Callable[[str, int, int], None], device: str | None, dtype: str | None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) on the device; an empty source is the embedded model."""
+    from kvsight.integrations.loading import load_model, placed
 
     update("load", 0, 1)
-    loaded = load_model(source or None)
+    loaded = load_model(source or None, *placed(device, dtype))
     update("load", 1, 1)
     return loaded
 

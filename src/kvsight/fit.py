@@ -103,7 +103,9 @@ def _check(request: Request) -> None:
         get(name)
         limit = request.bits[side]
         if limit is None and name != "identity":
-            raise KVSightError("no budget: give bits=, or key_bits= and value_bits=.")
+            raise KVSightError(
+                "no budget: give bits= (--bits), or key_bits= and value_bits= (--key-bits, --value-bits)."
+            )
         if limit is not None and not 0 < limit <= MAX_BITS:
             raise KVSightError(f"bits must be above 0 and at most {MAX_BITS:g}; got {limit:g}.")
     for name, count in (("sinks", request.sinks), ("window", request.window)):
@@ -158,7 +160,7 @@ def _place_side(
     out: list[tuple[Placement, ...]] = []
     for layer, bits in zip(stats.layers, budgets, strict=True):
         retention = Retention(request.sinks, request.window, layer.window)
-        budget = Budget(bits, request.reference_length, retention, dense)
+        budget = Budget(bits, request.reference_length, retention, dense, ceiling)
         summary = layer.key if side == "k" else layer.value
         placed = method.build(side, summary, budget, options)
         out.append(tuple(_canonical(p) for p in placed))

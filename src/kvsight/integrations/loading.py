@@ -10,19 +10,21 @@ import torch
 
 from kvsight import assets
 from kvsight.errors import KVSightError
+from kvsight.formats import dtype_from_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def load_model(
     path: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a transformers directory or hub name; None is the embedded pico-8m.
 
-    The model is in eval mode and its parameters take no gradient. Raises KVSightError for a path
-    that does not exist and for anything transformers cannot load as a causal LM.
+    ``dtype="auto"`` keeps the checkpoint's own. The model is in eval mode and its parameters take no
+    gradient. Raises KVSightError for a path that does not exist and for anything transformers cannot
+    load as a causal LM.
     """
     source = assets.model_path() if path is None else _resolve(path)
     with _quiet_loading():
@@ -37,6 +39,19 @@ def load_model(
                 "Give a directory or hub name of a transformers causal LM."
             ) from error
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def placed(device: str | None, dtype: str | None) -> tuple[torch.dtype | str, torch.device]:
+    """What a command line means: by default the GPU where there is one, and fp32 on the CPU."""
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise KVSightError(f"unknown device {device!r}; give cpu, cuda or cuda:N.") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise KVSightError(f"device {device} is not available here; give --device cpu.")
+    if dtype is None:
+        return (torch.float32 if where.type == "cpu" else "auto"), where
+    return dtype_from_name(dtype), where
 
 
 def _resolve(path: str | Path) -> Path | str:
@@ -68,7 +83,7 @@ def _load_tokenizer(source: Path | str) -> Any:
     return AutoTokenizer.from_pretrained(source)
 
 
-def _load_causal_lm(source: Path | str, dtype: torch.dtype) -> Any:
+def _load_causal_lm(source: Path | str, dtype: torch.dtype | str) -> Any:
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)

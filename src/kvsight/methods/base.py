@@ -20,12 +20,21 @@ F = TypeVar("F", bound=Format)
 
 @dataclass(frozen=True)
 class Budget:
-    """At most ``bits`` stored bits per visible element after ``seen`` tokens, exact tokens included."""
+    """At most ``bits`` stored bits per visible element after ``seen`` tokens, exact tokens included.
+
+    ``asked`` is the user's own number, for messages: a layer's share may differ by a byte.
+    """
 
     bits: float
     seen: int
     retention: Retention
     dense_dtype: torch.dtype
+    asked: float | None = None
+
+    @property
+    def named(self) -> str:
+        """The budget as its user knows it."""
+        return f"{self.bits if self.asked is None else self.asked:.4g} bits"
 
     def cost(self, form: Format) -> float:
         """Stored bits per element of one head in this format."""
@@ -48,7 +57,7 @@ class Budget:
             return max(affordable, key=self.cost)
         cheapest = min(self.cost(form) for form in candidates)
         raise KVSightError(
-            f"{method} cannot meet {self.bits:.4g} bits; its cheapest configuration here stores "
+            f"{method} cannot meet {self.named}; its cheapest configuration here stores "
             f"{cheapest:.4g}. Raise the budget or choose another method."
         )
 

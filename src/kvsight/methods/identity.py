@@ -17,7 +17,7 @@ def build(
     dense = Dense(stats.dim, budget.dense_dtype)
     if budget.bits < 16:
         raise KVSightError(
-            f"identity cannot meet {budget.bits:.4g} bits: it copies the model's own numbers. "
+            f"identity cannot meet {budget.named}: it copies the model's own numbers. "
             "Leave the budget out, or choose another method."
         )
     return all_heads("identity", stats, identity(stats.dim), DenseQuantizer(dense))

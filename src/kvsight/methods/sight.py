@@ -51,7 +51,7 @@ def row_bytes(stats: SideStats, budget: Budget) -> int:
     total = int(bits * stats.heads * stats.dim / 8 + 1e-9)
     if total < stats.heads:
         raise KVSightError(
-            f"sight cannot meet {budget.bits:.4g} bits; its smallest row stores "
+            f"sight cannot meet {budget.named}; its smallest row stores "
             f"{8 / stats.dim:.4g}. Raise the budget, or keep fewer tokens exact."
         )
     return min(total, stats.heads * (stats.dim * MAX_WIDTH // 8))
