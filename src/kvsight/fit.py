@@ -15,7 +15,7 @@ from kvsight.errors import KVSightError
 from kvsight.fingerprint import fingerprint
 from kvsight.methods import get
 from kvsight.methods.base import Budget
-from kvsight.plan import LayerPlan, Plan, Side
+from kvsight.plan import SIDES, LayerPlan, Plan, Side
 from kvsight.retention import Retention
 from kvsight.stats import LayerStats, Stats
 
@@ -76,7 +76,7 @@ def fit(  # noqa: PLR0913
     source = _Hashing(batches)
     stats = summarise(observe(model, source, progress=progress))
     notes = {"calibration_sha256": source.digest(), "calibration_tokens": str(stats.tokens)}
-    return plan_from_stats(model, stats, request, {**notes, **(provenance or {})})
+    return plan_from_stats(model, stats, request, {**notes, **(provenance or {})}, progress)
 
 
 def make_request(
@@ -116,22 +116,26 @@ def _check(request: Request) -> None:
 
 
 def plan_from_stats(
-    model: "PreTrainedModel", stats: Stats, request: Request, provenance: Mapping[str, str]
+    model: "PreTrainedModel",
+    stats: Stats,
+    request: Request,
+    provenance: Mapping[str, str],
+    progress: "Progress | None" = None,
 ) -> Plan:
     """The part of ``fit`` after observation; many plans can share one ``Stats``."""
     _check(request)
     plain = set(request.methods.values()) == {"identity"}
     dense = _dense_dtype(model.dtype, plain)
-    key = _place_side(stats, "k", request, dense)
-    value = _place_side(stats, "v", request, dense)
-    layers = tuple(
-        LayerPlan(layer.index, layer.window, layer.key.heads, k, v)
-        for layer, k, v in zip(stats.layers, key, value, strict=True)
-    )
+    sides = [_place_side(stats, side, request, dense) for side in SIDES]
+    layers: list[LayerPlan] = []
+    for layer, key, value in zip(stats.layers, *sides, strict=True):
+        layers.append(LayerPlan(layer.index, layer.window, layer.key.heads, key, value))
+        if progress is not None:
+            progress("fit", len(layers), len(stats.layers))
     one = request.methods["k"] == request.methods["v"]
     named = request.methods["k"] if one else {str(s): m for s, m in request.methods.items()}
     return Plan(
-        layers,
+        tuple(layers),
         named,
         dict(request.options),
         request.sinks,
@@ -151,20 +155,19 @@ def _dense_dtype(run: torch.dtype, plain: bool) -> torch.dtype:
 
 def _place_side(
     stats: Stats, side: Side, request: Request, dense: torch.dtype
-) -> list[tuple[Placement, ...]]:
+) -> Iterator[tuple[Placement, ...]]:
+    """The placements of one layer after another."""
     method = get(request.methods[side])
     options = method.with_defaults(_options_for(method.options, request))
     limit = request.bits[side]
     ceiling = 8.0 * dense.itemsize if limit is None else limit
     budgets = _spread(stats, side, ceiling) if method.fine else [ceiling] * len(stats.layers)
-    out: list[tuple[Placement, ...]] = []
     for layer, bits in zip(stats.layers, budgets, strict=True):
         retention = Retention(request.sinks, request.window, layer.window)
         budget = Budget(bits, request.reference_length, retention, dense, ceiling)
         summary = layer.key if side == "k" else layer.value
         placed = method.build(side, summary, budget, options)
-        out.append(tuple(_canonical(p) for p in placed))
-    return out
+        yield tuple(_canonical(p) for p in placed)
 
 
 def _options_for(known: Mapping[str, object], request: Request) -> dict[str, object]:

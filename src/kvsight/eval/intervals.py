@@ -26,14 +26,19 @@ class Estimate:
         }
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Student's t interval over windows: few windows, each already a mean over many tokens."""
+def mean_interval(
+    values: Sequence[float], level: float = 0.95, *, least: float = -math.inf, most: float = math.inf
+) -> Estimate:
+    """Student's t interval over windows: few windows, each already a mean over many tokens.
+
+    ``least`` and ``most`` are what the quantity can be at all; the interval ends there.
+    """
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:
         return Estimate(float(x.mean()), math.nan, math.nan, len(x))
     half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     mean = float(x.mean())
-    return Estimate(mean, mean - half, mean + half, len(x))
+    return Estimate(mean, max(least, mean - half), min(most, mean + half), len(x))
 
 
 def perplexity_interval(losses: Sequence[float], level: float = 0.95) -> Estimate:

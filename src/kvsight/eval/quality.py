@@ -111,10 +111,10 @@ def evaluate(
         cache_bytes,
         baseline_bytes,
         tokens,
-        mean_interval([w.kl for w in windows]),
+        mean_interval([w.kl for w in windows], least=0.0),
         perplexity_interval([w.loss for w in windows]),
         perplexity_interval([w.baseline_loss for w in windows]),
-        mean_interval([w.same_top for w in windows]),
+        mean_interval([w.same_top for w in windows], least=0.0, most=1.0),
         tuple(windows),
     )
 
