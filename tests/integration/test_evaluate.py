@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from zoo import batches, tokens
+from zoo import KINDS, batches, tokens
 
 import kvsight
 from kvsight import assets
@@ -192,7 +192,7 @@ def test_a_plan_of_another_model_is_refused(model, plan, pico):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "llama", "gemma3", "qwen3-next", "gemma4"])
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.interface])
 def test_the_baseline_is_the_model_alone(name, model, plan):
     """Also where the model's own attention is eager, with masks of its own kind."""
     subject = model(name)

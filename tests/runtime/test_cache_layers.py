@@ -402,6 +402,21 @@ def test_handles_describe_themselves_without_decoding():
     assert cache.reads.decoded == 1
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_handles_that_stay_where_they_are_are_not_decoded(mode):
+    with mode():
+        key, _ = feed(new("sight-3"), 40)
+        for same in (key.to("cpu"), key.to(torch.float32), key.to(key), key.contiguous(), key.detach()):
+            assert isinstance(same, PackedKV)
+            assert same.segments is key.segments
+        assert key.reads.decoded == 0
+        with pytest.warns(UserWarning, match="attention decodes this cache"):
+            other = key.to(torch.float64)
+        assert not isinstance(other, PackedKV)
+        assert torch.equal(other, key.decode().double())
+    assert key.reads.decoded == 1
+
+
 def test_no_autograd_graph_is_kept():
     cache = new("kivi-window-below-block")
     x = plans.vectors(2, 70, 0).requires_grad_(True)

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_map
 from kvsight.ops.attend.ref import Segment
 from kvsight.plan import Plan
 
+_KEEPING = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.contiguous, torch.ops.aten.detach)
+
 
 class Reads:
     """How often attention ran on codes, and how often a consumer made us decode the history."""
@@ -78,7 +80,13 @@ class PackedKV(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return func(*tree_map(_plain, args), **tree_map(_plain, dict(kwargs or {})))
+        kwargs = dict(kwargs or {})
+        if getattr(func, "overloadpacket", None) in _KEEPING and isinstance(args[0], PackedKV):
+            # some models move shared keys to the device that they are on already
+            probe = func(torch.empty(0, dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
+            if (probe.dtype, probe.device) == (args[0].dtype, args[0].device):
+                return args[0]
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
 
 def _plain(x: Any) -> Any:
