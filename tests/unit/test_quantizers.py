@@ -113,6 +113,20 @@ def test_a_range_beyond_fp16_is_clamped_and_finite():
     assert torch.isfinite(quantizer.decode(packed)).all()
 
 
+@pytest.mark.parametrize("size", [1e5, 1e15])
+def test_numbers_beyond_fp16_leave_finite_parameters(size):
+    # bfloat16 and float32 models can make them; fp16 scales, zeros and norms cannot hold them
+    x = size * draw(1, 1, 4, 8)
+    for quantizer in (
+        GroupedQuantizer(Grouped(8, 4, 8, "channel")),
+        GroupedQuantizer(Grouped(8, 4, 4, "token")),
+        row_quantizer((4,) * 8, gaussian, norm=True),
+    ):
+        packed = quantizer.encode(x)
+        assert all(torch.isfinite(t).all() for t in packed.tensors[1:])
+        assert torch.isfinite(quantizer.decode(packed)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dense_rounds_once(dtype):
     quantizer = DenseQuantizer(Dense(5, dtype))
