@@ -217,8 +217,9 @@ class _Hashing:
 
     def __iter__(self) -> Iterator[Tensor]:
         for ids in self._batches:
-            self._sha.update(ids.to(torch.int64).cpu().contiguous().numpy().tobytes())
             yield ids
+            # hashed when the next one is asked for: by then it was checked
+            self._sha.update(ids.to(torch.int64).cpu().contiguous().numpy().tobytes())
 
     def __len__(self) -> int:
         sized: Any = self._batches

@@ -37,8 +37,8 @@ class SpyCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self._sink(layer_idx, key_states, value_states)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._sink(layer_idx, key_states, value_states)
         self._owner[keys.data_ptr()] = layer_idx
         return keys, values
 
@@ -155,6 +155,10 @@ def observe(
     progress: Progress | None = None,
 ) -> Trace:
     """Run ``batches`` (LongTensor [B, T] each) through the model and keep what attention saw."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise KVSightError(
+            f"{type(model).__name__} is an encoder-decoder; kvsight packs caches of decoder-only models."
+        )
     observer = _Observer(model, _Sampler(sample_tokens, torch.Generator().manual_seed(seed)))
     total = len(batches) if isinstance(batches, Sized) else 0
     count = 0
@@ -171,6 +175,8 @@ def observe(
 
 def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
     """Token ids [B, T] that this model can embed, or a clear error."""
+    if not isinstance(ids, Tensor):
+        raise KVSightError(f"batches must be non-empty LongTensors [B, T]; got a {type(ids).__name__}.")
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.numel() == 0:
         raise KVSightError(
             f"batches must be non-empty LongTensors [B, T]; got {tuple(ids.shape)} of {ids.dtype}."

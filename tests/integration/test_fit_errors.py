@@ -18,8 +18,8 @@ KNOWN = "Available: identity, int, kivi, sight, turboquant."
         ({"bits": float("nan")}, "bits must be above 0 and at most 16; got nan."),
         ({"bits": float("inf")}, "bits must be above 0 and at most 16; got inf."),
         ({"bits": 3, "key_bits": 20}, "bits must be above 0 and at most 16; got 20."),
-        ({}, "no budget: give bits=, or key_bits= and value_bits=."),
-        ({"key_bits": 3}, "no budget: give bits=, or key_bits= and value_bits=."),
+        ({}, "no budget: give bits= (--bits), or key_bits= and value_bits= (--key-bits"),
+        ({"key_bits": 3}, "no budget: give bits= (--bits), or key_bits= and value_bits= (--key-bits"),
         ({"bits": 3, "method": "sigth"}, f"unknown method 'sigth'. Did you mean sight? {KNOWN}"),
         ({"bits": 3, "method": "KIVI2"}, f"unknown method 'KIVI2'. {KNOWN}"),
         ({"bits": 3, "method": ""}, f"unknown method ''. {KNOWN}"),
@@ -73,7 +73,7 @@ KNOWN = "Available: identity, int, kivi, sight, turboquant."
         ),
         (
             {"bits": 8, "method": "identity"},
-            "identity cannot meet 8 bits: it copies the model's own numbers.",
+            "identity cannot meet 8 bits: it copies the model's own 32-bit numbers.",
         ),
         (
             {"bits": 4, "window": 512},

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import zoo
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache, T5ForConditionalGeneration
 from transformers.models.llama import modeling_llama
 from zoo import KINDS, batches, tokens
 
@@ -305,6 +305,23 @@ def test_batches_are_checked(ids, message, model):
         observe(model("llama"), [ids])
 
 
+@pytest.mark.parametrize("use", [kvsight.fit, kvsight.evaluate], ids=["fit", "evaluate"])
+def test_batches_are_tensors(use, model, plan):
+    arguments = {"bits": 4} if use is kvsight.fit else {"plan": plan("llama")}
+    with pytest.raises(KVSightError, match=r"batches must be non-empty LongTensors \[B, T\]; got a list"):
+        use(model("llama"), batches=[[1, 2]], **arguments)
+
+
+def test_encoder_decoders_are_refused():
+    config = AutoConfig.for_model(
+        "t5", vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4
+    )
+    with pytest.raises(
+        KVSightError, match="T5ForConditionalGeneration is an encoder-decoder; kvsight packs"
+    ):
+        kvsight.fit(T5ForConditionalGeneration(config), batches(1), bits=4)
+
+
 def test_no_text_is_an_error(model):
     with pytest.raises(KVSightError, match="calibration needs at least one batch of token ids; got none"):
         kvsight.fit(model("llama"), [], bits=4)
@@ -313,7 +330,8 @@ def test_no_text_is_an_error(model):
 def test_one_token_is_enough_to_fit(model):
     """Statistics are poor, but nothing is singular."""
     for method in kvsight.methods():
-        fitted = kvsight.fit(model("llama"), [tokens(1, 1)], bits=16, method=method)
+        bits = None if method == "identity" else 16
+        fitted = kvsight.fit(model("llama"), [tokens(1, 1)], bits=bits, method=method)
         with kvsight.enable(model("llama")), torch.no_grad():
             cache = kvsight.PackedCache(fitted)
             out = model("llama")(tokens(1, 40), past_key_values=cache, use_cache=True).logits
@@ -327,10 +345,9 @@ def test_models_without_packable_layers_are_refused(name):
 
 
 def test_batches_may_be_a_generator_and_progress_is_told(model):
-    calls = []
     inputs = batches(3)
-    kvsight.fit(model("llama"), iter(inputs), bits=4, progress=lambda *call: calls.append(call))
-    assert calls == [("observe", 1, 0), ("observe", 2, 0), ("observe", 3, 0)]
-    calls.clear()
-    kvsight.fit(model("llama"), inputs, bits=4, progress=lambda *call: calls.append(call))
-    assert calls == [("observe", 1, 3), ("observe", 2, 3), ("observe", 3, 3)]
+    for given, total in ((iter(inputs), 0), (inputs, 3)):
+        calls = []
+        kvsight.fit(model("llama"), given, bits=4, progress=lambda *call, to=calls: to.append(call))
+        assert calls[:3] == [("observe", n, total) for n in (1, 2, 3)]
+        assert calls[3:] == [("fit", 1, 2), ("fit", 2, 2)]

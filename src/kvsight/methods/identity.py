@@ -15,9 +15,10 @@ def build(
     side: Side, stats: SideStats, budget: Budget, options: Mapping[str, Option]
 ) -> tuple[Placement, ...]:
     dense = Dense(stats.dim, budget.dense_dtype)
-    if budget.bits < 16:
+    own = 8 * budget.dense_dtype.itemsize
+    if budget.bits < own:
         raise KVSightError(
-            f"identity cannot meet {budget.named}: it copies the model's own numbers. "
+            f"identity cannot meet {budget.named}: it copies the model's own {own}-bit numbers. "
             "Leave the budget out, or choose another method."
         )
     return all_heads("identity", stats, identity(stats.dim), DenseQuantizer(dense))
