@@ -293,6 +293,13 @@ class WrongHeads(Transform):
         return Transform(self.dim, self.shift, self.matrix[:1], self.inverse_matrix[:1])
 
 
+class WrongProduct(Transform):
+    """Composes in the wrong order, which is again a map with a sound dual and inverse."""
+
+    def then(self, after):
+        return Transform.then(after, Transform(self.dim, self.shift, self.matrix, self.inverse_matrix))
+
+
 SKEW = linear(torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
 SHIFT = torch.ones(3, 5, dtype=torch.float64)
 
@@ -305,8 +312,9 @@ SHIFT = torch.ones(3, 5, dtype=torch.float64)
         (TransposedInverse(5, None, SKEW.matrix, SKEW.inverse_matrix), "inverse"),
         (Transform(5, None, SKEW.matrix, haar(5).matrix), "dual"),
         (WrongHeads(5, None, SKEW.matrix, SKEW.inverse_matrix), "head subset"),
+        (WrongProduct(5, None, SKEW.matrix, SKEW.inverse_matrix), "composition"),
     ],
-    ids=["dual", "offset", "inverse", "not the inverse", "heads"],
+    ids=["dual", "offset", "inverse", "not the inverse", "heads", "composition"],
 )
 def test_defective_transform_is_caught(transform, law):
     with pytest.raises(LawBroken, match=f"^{law}:"):

@@ -173,7 +173,12 @@ def test_norms_are_root_mean_squares_of_the_whole_token():
 
 def test_a_token_of_zeros_decodes_to_zeros_with_a_norm():
     quantizer = row_quantizer((2,) * 4, gaussian, norm=True)
-    assert quantizer.decode(quantizer.encode(torch.zeros(1, 3, 4))).eq(0).all()
+    packed = quantizer.encode(torch.zeros(1, 3, 4))
+    assert quantizer.decode(packed).eq(0).all()
+    # and its codes are those of 0, not of 0 / 0
+    assert torch.equal(
+        packed.tensors[0], row_quantizer((2,) * 4, gaussian).encode(torch.zeros(1, 3, 4)).tensors[0]
+    )
 
 
 @pytest.mark.parametrize(

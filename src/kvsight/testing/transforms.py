@@ -20,8 +20,12 @@ def check_transform(transform: Transform, *, heads: int = 3, seed: int = 0) -> N
     q, k = torch.randn(2, 2, heads, 7, transform.dim, generator=draw, dtype=torch.float64)
     _affine_laws(transform, q, k)
     _affine_laws(transform.stored(), q, k)
-    _affine_laws(transform.then(haar(transform.dim, seed)), q, k)
-    _affine_laws(haar(transform.dim, seed).then(transform), q, k)
+    rotation = haar(transform.dim, seed)
+    for first, after in ((transform, rotation), (rotation, transform)):
+        both = first.then(after)
+        _affine_laws(both, q, k)
+        gap = float((both.forward(k) - after.forward(first.forward(k))).abs().max())
+        hold("composition", gap <= _rounding(both, q, k), f"then is {gap:.3g} off one after the other")
     same = torch.equal(transform.then(identity(transform.dim)).forward(k), transform.forward(k))
     hold("identity", same, "then(identity) is another map")
     for index in ([0], [heads - 1, 0]):
