@@ -157,7 +157,7 @@ def mixed(seed=4, tokens=40):
     ]
     values = [
         Segment(1, dense=v[:, :, :1]),
-        split_by_head(["plain rows", "channel groups"], v[:, :, 1:17]),
+        split_by_head(["rows", "channel groups"], v[:, :, 1:17]),
         coded("token groups", v[:, :, 17:33]),
         Segment(tokens - 33, dense=v[:, :, 33:].half()),
     ]
