@@ -197,7 +197,6 @@ class _Observer:
         self.tokens = 0
         self.unpackable: set[str] = set()
         self.cache: SpyCache | None = None
-        self.projections: dict[int, nn.Module] = {}
         self.hooks: dict[int, list[torch.utils.hooks.RemovableHandle]] = {}
 
     def run(self, ids: Tensor) -> None:
@@ -247,7 +246,7 @@ class _Observer:
         if seen.query is None:
             seen.query = Moments.zero(k.shape[1], q.shape[-1])
         seen.query = seen.query.add(pooled.flatten(1, 2))
-        if owner in (None, layer) or layer == seen.index:
+        if layer == seen.index:
             first = pooled[:, :, 0]
             seen.query_sample = self.sampler.update(seen.query_sample, first)
             self._find_projection(module, seen, q.shape[1])

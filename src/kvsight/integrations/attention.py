@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -78,11 +77,6 @@ def original(module: nn.Module, name: str) -> AttentionFunction:
     return function
 
 
-def config_of(module: nn.Module) -> Any:
-    """The config that an attention module reads, or None."""
-    return getattr(module, "config", None)
-
-
 def fused_arguments(kwargs: dict[str, Any]) -> bool:
     """Whether ``ops.attend`` covers what a model passes beside q, k, v, mask and scaling."""
     return all(kwargs.get(key) is None for key in ("position_bias", "block_indices", "cache"))
@@ -94,9 +88,3 @@ def default_scaling(module: nn.Module, q: Tensor, scaling: float | None) -> floa
         return float(scaling)
     own = getattr(module, "scaling", None)
     return float(own) if own is not None else float(q.shape[-1]) ** -0.5
-
-
-def no_grad_forward(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Any:
-    """One forward pass without gradients on the model's device."""
-    with torch.inference_mode():
-        return model(ids.to(model.device), **arguments)
