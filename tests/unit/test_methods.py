@@ -162,7 +162,7 @@ def test_a_window_of_everything_leaves_nothing_to_code():
 @pytest.mark.parametrize(
     ("name", "bits", "message"),
     [
-        ("identity", 15.9, "identity cannot meet 15.9 bits: it copies the model's own numbers"),
+        ("identity", 15.9, "identity cannot meet 15.9 bits: it copies the model's own 16-bit numbers"),
         ("int", 1.4, "int cannot meet 1.4 bits; its cheapest configuration here stores 1.5"),
         ("kivi", 1.2, "kivi cannot meet 1.2 bits; its cheapest configuration here stores 1.25"),
         ("turboquant", 1.2, "turboquant cannot meet 1.2 bits; its cheapest configuration here stores 1.25"),
