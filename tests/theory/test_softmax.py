@@ -1,8 +1,10 @@
-"""What softmax sees of score errors: shifts are invisible, and KL is half the variance under p."""
+"""What softmax sees of coded keys: a shift is invisible, and KL is half the visible damage."""
 
 import pytest
 import torch
 
+from kvsight.codec import Codec
+from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
 from kvsight.transforms import centre, haar
 
 
@@ -16,26 +18,27 @@ def kl(scores, error):
 
 
 def visible_damage(scores, error):
+    """Σ p (δs − Σ p δs)²."""
     p = scores.softmax(-1)
     mean = (p * error).sum(-1, keepdim=True)
     return (p * (error - mean).square()).sum(-1)
 
 
-def test_kl_is_half_the_visible_damage_up_to_third_order():
-    scores, error = 2 * draw(50, 40, seed=1), draw(50, 40, seed=2)
-    scales = [2.0**-i for i in range(2, 9)]
-    rest = [(kl(scores, t * error) - visible_damage(scores, t * error) / 2).abs() for t in scales]
-    per_cube = torch.stack([r / t**3 for r, t in zip(rest, scales, strict=True)])
-    # the remainder over t³ settles on a constant: halving t eightfolds the accuracy
-    assert torch.allclose(per_cube[-1], per_cube[-2], rtol=0.1, atol=1e-4)
-    assert float(per_cube.max()) < 10 * float(per_cube[-1].max())
-
-
-def test_a_shift_of_all_scores_costs_nothing():
-    scores = draw(5, 9, seed=3)
-    shift = torch.full_like(scores, 7.5)
-    assert visible_damage(scores, shift).abs().max() < 1e-12
-    assert kl(scores, shift).abs().max() < 1e-12
+def test_kl_of_coded_keys_is_half_the_visible_damage_up_to_third_order():
+    dim = 32
+    q, k = 2 * draw(1, 1, 50, dim, seed=1), draw(1, 1, 60, dim, seed=2)
+    scores = q @ k.mT / dim**0.5
+    rests = []
+    for bits in range(2, 9):
+        codec = Codec("rows", haar(dim, seed=3), row_quantizer((bits,) * dim, gaussian))
+        error = q @ (codec.decode(codec.encode(k)).double() - k).mT / dim**0.5
+        rest = (kl(scores, error) - visible_damage(scores, error) / 2).abs()
+        assert (rest <= error.abs().amax(-1) ** 3).all()
+        rests.append(float(rest.mean() / visible_damage(scores, error).mean()))
+    # relative to I the rest is of first order in the error, which falls as √D(b)
+    assert rests == sorted(rests, reverse=True)
+    fall = (gaussian(2).distortion / gaussian(8).distortion) ** 0.5
+    assert rests[0] / rests[-1] == pytest.approx(fall, rel=0.3)
 
 
 @pytest.mark.parametrize("dim", [5, 64])
@@ -47,3 +50,4 @@ def test_centred_keys_need_no_mean_to_be_added_back(dim):
     assert torch.allclose(bare + transform.offset(q), q @ k.mT)
     assert not torch.allclose(bare, q @ k.mT)
     assert torch.allclose(bare.softmax(-1), (q @ k.mT).softmax(-1), atol=1e-12)
+    assert kl(q @ k.mT, bare - q @ k.mT).abs().max() < 1e-12

@@ -11,7 +11,7 @@ from kvsight.methods.base import Budget
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
 from kvsight.retention import Retention
 from kvsight.stats import Moments, SideStats
-from kvsight.transforms import Transform, haar, hadamard, identity, karhunen_loeve, sqrtm
+from kvsight.transforms import Transform, haar, hadamard, karhunen_loeve, sqrtm
 from kvsight.waterfill import reverse_water_fill
 
 DIMS = (4, 5, 64, 80, 96, 128, 256)
@@ -152,4 +152,3 @@ def test_an_identity_metric_leaves_the_principal_axes():
     assert torch.allclose(variances, torch.linalg.eigvalsh(covariance).flip(-1))
     columns = transform.inverse_matrix / transform.inverse_matrix.norm(dim=-1, keepdim=True)
     assert torch.allclose(columns @ columns.mT, torch.eye(6, dtype=torch.float64), atol=1e-10)
-    assert torch.equal(identity(6).forward(covariance), covariance)
