@@ -187,6 +187,8 @@ def test_a_budget_that_exact_tokens_use_up_says_so():
         ("turboquant", {"rotation": "none"}, "'rotation' is 'haar' or 'hadamard'; got 'none'"),
         ("sight", {"codebook": "ternary"}, "'codebook' is one of gaussian, uniform; got 'ternary'"),
         ("sight", {"metric": "maybe"}, r"'metric' takes bool \(default True\); got 'maybe'"),
+        ("sight", {"shrink": "nan"}, "'shrink' is a share from 0 to 1; got nan"),
+        ("sight", {"shrink": -0.1}, "'shrink' is a share from 0 to 1; got -0.1"),
         ("kivi", {"group": "wide"}, r"'group' takes int \(default 0\); got 'wide'"),
         ("kivi", {"grup": 32}, "kivi has no option 'grup'; its options: group=0"),
         ("identity", {"group": 32}, "identity has no option 'group'; its options: none"),

@@ -24,6 +24,10 @@ def build(
     codebook = CODEBOOKS[choice("codebook", options["codebook"], CODEBOOKS)]
     scales = choice("scales", options["scales"], ("fitted", "static"))
     strength = float(options["shrink"])
+    if not 0 <= strength <= 1:
+        raise KVSightError(
+            f"sight option 'shrink' is a share from 0 to 1; got {strength:g}. Default: 0.001."
+        )
     metric = shrunk(stats.metric if options["metric"] else None, stats, strength)
     covariance = shrunk(stats.moments.covariance, stats, strength)
     transform, variances = karhunen_loeve(metric, covariance)
