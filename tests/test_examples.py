@@ -30,6 +30,7 @@ def test_fit_and_generate(capsys):
     assert lines[-1] == "36 tokens in 27,648 bytes; 16-bit numbers would take 147,456"
 
 
+@pytest.mark.slow
 def test_compare_methods(capsys):
     lines = run("02_compare_methods.py", capsys)
     assert [line.split()[:3] for line in lines[:2]] == [
@@ -39,6 +40,7 @@ def test_compare_methods(capsys):
     assert lines[2] == "sight is closer to the uncompressed model on 4 of 4 windows"
 
 
+@pytest.mark.slow
 def test_save_and_load(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     lines = run("03_save_and_load.py", capsys)

@@ -11,7 +11,7 @@ from zoo import KINDS, tokens
 
 import kvsight
 
-NEW = 12
+NEW = 10
 PROMPT = 20
 
 

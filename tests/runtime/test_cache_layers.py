@@ -221,6 +221,24 @@ def test_sliding_layers_need_a_record_to_crop():
     assert with_record.nbytes == with_record.plan.nbytes(30, 2)
 
 
+@every_case
+@pytest.mark.parametrize("remove", [0, 1, 30])
+def test_a_crop_ends_what_recording_kept(case, remove):
+    """Assisted decoding records for good and crops after each guess: the record must not grow."""
+    cache = new(case, sliding=True)
+    cache.activate_past_recording()
+    for step in range(3):
+        feed(cache, 45, seed=step)
+        cache.crop(-remove)
+        left = (45 - remove) * (step + 1)
+        layer = cache.layers[1]
+        assert layer.key_state.visible == min(left, plans.SLIDING - 1)
+        exact = cache.plan.retention(layer.layer).exact_last
+        if exact == 0 or remove == 0:
+            assert cache.nbytes == cache.plan.nbytes(left, 2)
+        assert cache.nbytes <= cache.plan.nbytes(left, 2)
+
+
 def test_sizes_agree_with_the_stock_cache_at_every_step():
     config = plans.config(sliding=True)
     for case in CASES:

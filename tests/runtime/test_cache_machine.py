@@ -244,5 +244,5 @@ class Machine(RuleBasedStateMachine):
                         assert state.nbytes == sum(t.untyped_storage().nbytes() for t in held)
 
 
-Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=12)
+Machine.TestCase.settings = settings(max_examples=30, stateful_step_count=12)
 TestMachine = Machine.TestCase
