@@ -272,10 +272,17 @@ class PackedCache(Cache):
             save_file(tensors, scratch, metadata=metadata)
 
     @classmethod
-    def load(cls, path: str | Path, plan: Plan, config: PreTrainedConfig | None = None) -> "PackedCache":
-        """Read a saved cache; another plan, or a damaged file, raises ``KVSightError``."""
+    def load(
+        cls,
+        path: str | Path,
+        plan: Plan,
+        config: PreTrainedConfig | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> "PackedCache":
+        """Read a saved cache onto the model's device; another plan, or a damaged file, raises."""
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
