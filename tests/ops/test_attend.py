@@ -182,7 +182,7 @@ def test_mixed_segments_masks_softcap_and_sinks(settings, extras):
     check(draw(2, 4, 7, DIM, seed=6), keys, values, **settings, **extras)
 
 
-@pytest.mark.parametrize("lowest", [None, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("lowest", [None, torch.finfo(torch.float32).min, -math.inf])
 @pytest.mark.parametrize("sink_logits", [None, draw(4, seed=31)], ids=["plain", "sinks"])
 def test_rows_that_see_nothing_stay_finite_and_others_exact(lowest, sink_logits):
     # left padding: the first two queries see no key at all

@@ -144,11 +144,12 @@ def _weights(
     scores = _scores(q * scaling, keys).view(batch, heads, count, tokens)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    # the lowest finite number keeps fully masked rows (left padding) finite
+    lowest = torch.finfo(scores.dtype).min
     if visible is not None and visible.dtype == torch.bool:
-        # the lowest finite number keeps fully masked rows (left padding) finite
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~visible, lowest)
     elif visible is not None:
-        scores = scores + visible.to(scores)
+        scores = (scores + visible.to(scores)).clamp_min(lowest)
     if sink_logits is None:
         return torch.softmax(scores, dim=-1)
     extra = sink_logits.to(scores).view(1, -1, 1, 1).expand(batch, heads, count, 1)
