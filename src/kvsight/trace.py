@@ -303,8 +303,9 @@ def _pool(q: Tensor, kv_heads: int) -> Tensor:
 def _is_linear(child: nn.Module, x: Tensor) -> bool:
     """Whether doubling one token doubles what the module adds to its bias (a norm fails here)."""
     token = x.flatten(0, -2)[:1]
-    none, once, twice = (child(token * factor) for factor in (0, 1, 2))
-    return torch.allclose(twice - none, 2 * (once - none), rtol=1e-2, atol=1e-6)
+    none, once, twice = (child(token * factor).double() for factor in (0, 1, 2))
+    # half precision rounds by under 1 %, a norm is off by all of it
+    return bool((twice - none - 2 * (once - none)).norm() <= 0.2 * (twice - none).norm())
 
 
 def _output_metric(child: nn.Module, width: int, value: Moments, heads: int, x: Any) -> Tensor:

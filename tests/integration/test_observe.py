@@ -155,6 +155,19 @@ def test_output_metric_is_what_the_projection_does(name, model):
             torch.testing.assert_close(layer.output_metric[head], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_output_metric_of_half_precision_models(name, dtype, model):
+    subject = copy.deepcopy(model(name))
+    projection = subject.get_submodule(OUTPUT[name].format(0))
+    if projection.bias is not None:
+        projection.bias.data.fill_(3.0)
+    half, whole = observe(subject.to(dtype), batches(1)), observe(model(name), batches(1))
+    for i, layer in whole.layers.items():
+        difference = half.layers[i].output_metric - layer.output_metric
+        assert difference.norm() < 0.02 * layer.output_metric.norm()
+
+
 def test_a_norm_before_the_projection_is_no_output_metric():
     subject = zoo.build("bitnet")
     assert all(layer.output_metric is None for layer in observe(subject, batches(1)).layers.values())
