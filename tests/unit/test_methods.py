@@ -199,6 +199,13 @@ def test_misfitting_options_are_refused(name, options, message):
         place(name, "k", limit(16), **options)
 
 
+def test_identity_at_the_highest_budget_still_copies():
+    budget = Budget(16, 1024, Retention(0, 0), torch.float32)
+    (placement,) = place("identity", "k", budget)
+    assert placement.codec.format == Dense(placement.codec.format.dim, torch.float32)
+    assert budget.cost(placement.codec.format) == 32
+
+
 def test_identity_keeps_the_type_of_exact_tokens():
     (placement,) = place("identity", "v", Budget(32, 1024, Retention(0, 0), torch.float32))
     assert placement.codec.format == Dense(64, torch.float32)

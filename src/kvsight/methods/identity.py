@@ -16,7 +16,8 @@ def build(
 ) -> tuple[Placement, ...]:
     dense = Dense(stats.dim, budget.dense_dtype)
     own = 8 * budget.dense_dtype.itemsize
-    if budget.bits < own:
+    # 16 is the highest budget there is, and asks for no compression whatever the model runs in
+    if budget.bits < min(own, 16):
         raise KVSightError(
             f"identity cannot meet {budget.named}: it copies the model's own {own}-bit numbers. "
             "Leave the budget out, or choose another method."
