@@ -165,8 +165,7 @@ def _place_side(
     for layer, bits in zip(stats.layers, budgets, strict=True):
         retention = Retention(request.sinks, request.window, layer.window)
         budget = Budget(bits, request.reference_length, retention, dense, ceiling)
-        summary = layer.key if side == "k" else layer.value
-        placed = method.build(side, summary, budget, options)
+        placed = method.build(side, layer.side(side), budget, options)
         yield tuple(_canonical(p) for p in placed)
 
 
@@ -190,7 +189,7 @@ def _spread(stats: Stats, side: Side, bits: float) -> list[float]:
 
 
 def _size(layer: LayerStats, side: Side) -> int:
-    summary = layer.key if side == "k" else layer.value
+    summary = layer.side(side)
     return summary.heads * summary.dim
 
 

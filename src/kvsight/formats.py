@@ -88,7 +88,7 @@ class Dense(Format):
 
     @property
     def name(self) -> str:
-        return f"dense-{_dtype_name(self.dtype)}"
+        return f"dense-{dtype_name(self.dtype)}"
 
     @cached_property
     def fields(self) -> tuple[Field, ...]:
@@ -98,7 +98,7 @@ class Dense(Format):
         return tensors[0]
 
     def spec(self) -> dict[str, object]:
-        return {"kind": "dense", "dim": self.dim, "dtype": _dtype_name(self.dtype)}
+        return {"kind": "dense", "dim": self.dim, "dtype": dtype_name(self.dtype)}
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,8 @@ _DTYPES = {
 }
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The stored name of a dense number type, such as ``"bfloat16"``."""
     for name, known in _DTYPES.items():
         if known == dtype:
             return name
@@ -328,8 +329,3 @@ def dtype_from_name(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise KVSightError(f"unknown number type {name!r}; known: {', '.join(_DTYPES)}.")
     return _DTYPES[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The stored name of a dense number type, such as ``"bfloat16"``."""
-    return _dtype_name(dtype)

@@ -1,7 +1,7 @@
 """Mergeable summaries of what attention saw: counts, means, second moments, ranges, read metrics."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -107,6 +107,9 @@ class LayerStats:
     window: int | None
     key: SideStats
     value: SideStats
+
+    def side(self, side: Literal["k", "v"]) -> SideStats:
+        return self.key if side == "k" else self.value
 
 
 @dataclass(frozen=True, eq=False)

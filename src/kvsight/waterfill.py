@@ -21,8 +21,7 @@ def reverse_water_fill(variances: Tensor, bits: int, distortion: Sequence[float]
         raise KVSightError(
             f"cannot spend {bits} bits on {len(variances)} coordinates of at most {widest} bits."
         )
-    d = torch.tensor(distortion, dtype=torch.float64)
-    gains = variances.double().unsqueeze(-1) * (d[:-1] - d[1:])
+    gains = _gains(variances, distortion)
     # a stable sort of step-major gains: ties go to lower steps, then to earlier coordinates
     order = gains.T.flatten().sort(descending=True, stable=True).indices[:bits]
     widths = torch.bincount(order % len(variances), minlength=len(variances)).tolist()
@@ -39,8 +38,7 @@ def share_bytes(variances: Tensor, total: int, distortion: Sequence[float]) -> l
     most = dim * widest // 8
     if not heads <= total <= heads * most:
         raise KVSightError(f"cannot share {total} bytes among {heads} heads of 1 to {most} bytes.")
-    d = torch.tensor(distortion, dtype=torch.float64)
-    gains = variances.double().unsqueeze(-1) * (d[:-1] - d[1:])
+    gains = _gains(variances, distortion)
     best = gains.flatten().sort(descending=True, stable=True).indices[: 8 * total]
     wanted = (torch.bincount(best // (dim * widest), minlength=heads).double() / 8).tolist()
     shares = [min(max(int(w), 1), most) for w in wanted]
@@ -49,3 +47,9 @@ def share_bytes(variances: Tensor, total: int, distortion: Sequence[float]) -> l
         open_to = [h for h in range(heads) if 1 <= shares[h] + step <= most]
         shares[max(open_to, key=lambda h: step * (wanted[h] - shares[h]))] += step
     return shares
+
+
+def _gains(variances: Tensor, distortion: Sequence[float]) -> Tensor:
+    """What each next bit of each coordinate saves, [..., d, widest], fp64."""
+    d = torch.tensor(distortion, dtype=torch.float64)
+    return variances.double().unsqueeze(-1) * (d[:-1] - d[1:])

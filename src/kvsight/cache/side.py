@@ -15,6 +15,7 @@ from kvsight.codec import Codec, Placement, check_finite
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, concat, empty, room
 from kvsight.ops.attend.ref import Coded, Segment, merge_heads
+from kvsight.plan import side_block
 from kvsight.retention import Retention
 
 _ENCODE = 1 << 17
@@ -34,7 +35,7 @@ class SideState:
 
     @property
     def block(self) -> int:
-        return max(placement.codec.format.block for placement in self.placements)
+        return side_block(self.placements)
 
     @property
     def visible(self) -> int:
