@@ -16,7 +16,7 @@ ORDER = (
     ("errors", "packing", "retention", "atomic", "assets", "waterfill", "text", "console"),
     ("formats",),
     ("ops",),
-    ("quantizers", "transforms", "stats"),
+    ("quantizers", "transforms", "stats", "distortion"),
     ("codec",),
     ("methods",),
     ("plan", "planfile", "fingerprint"),
