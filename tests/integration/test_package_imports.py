@@ -22,7 +22,7 @@ ORDER = (
     ("plan", "planfile", "fingerprint"),
     ("cache",),
     ("integrations",),
-    ("trace", "fit"),
+    ("trace", "fit", "doctor"),
     ("eval", "testing"),
     ("cli", "__main__"),
 )
