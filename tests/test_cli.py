@@ -190,6 +190,32 @@ def test_methods_lists_the_registry(tmp_path):
         assert all(f"--option {key}={value}" in done.stdout for key, value in method.options.items())
 
 
+def test_doctor_says_what_it_found_and_what_to_do(folder):
+    path = folder / "doctor.json"
+    done = succeed("doctor", "--tokens", 2048, "--length", 256, "--json", path)
+    for words in ("LlamaForCausalLM, 2,048 tokens in windows of 256", "KEY MEAN: ", "GQA: 2 query heads"):
+        assert words in done.stdout
+    assert "Nothing to note: " in done.stdout
+    assert done.stdout.rpartition("RECOMMENDED: ")[2].startswith("sight\n  kvsight fit --bits 3 -o plan\n")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    assert "…" not in done.stdout
+    told = json.loads(path.read_text())
+    assert [layer["index"] for layer in told["layers"]] == list(range(8))
+    assert all(len(layer["keys"]) == 2 for layer in told["layers"])
+    assert {finding["status"] for finding in told["findings"]} == {"found", "clear"}
+    assert told["recommendation"]["method"] == "sight"
+
+
+def test_doctor_takes_a_model_and_a_text(folder, tiny):
+    path = folder / "own.txt"
+    path.write_text(assets.text("validation")[:4_000], encoding="utf-8")
+    done = succeed("doctor", tiny, "--text", path, "--tokens", 256, "--length", 128, "--json", "-")
+    told = json.loads(done.stdout)
+    assert (told["tokens"], told["length"], len(told["layers"])) == (256, 128, 2)
+    assert "does not exist" in fail("doctor", folder / "nothing")
+    assert "no-such.txt does not exist" in fail("doctor", "--text", "no-such.txt")
+
+
 def test_run_with_the_identity_method_says_what_the_model_says(folder):
     plan = folder / "identity"
     succeed("fit", "--method", "identity", *QUICK, "-o", plan)

@@ -13,6 +13,7 @@ from kvsight.errors import KVSightError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvsight.doctor import Diagnosis
     from kvsight.eval.intervals import Estimate
     from kvsight.plan import Plan
 
@@ -214,6 +215,33 @@ def show_command(plan: PlanArgument, json: JsonOption = None) -> None:
         typer.echo(f"{name}: {value or 'embedded'}")
 
 
+@app.command("doctor")
+@guarded
+def doctor_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Transformers directory or hub name.", show_default="embedded pico-8m"),
+    ] = None,
+    text: TextOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Read this many at most.")] = 8192,
+    length: LengthOption = 1024,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Look at a model before fitting: what its cache is like, and what that means for a plan."""
+    from kvsight.doctor import examine
+
+    with progress() as update:
+        network, tokenizer = _load(model or "", update, device, dtype)
+        ids = _windows(tokenizer, text, "calibration", length, max(1, tokens // length))
+        diagnosis = examine(network, ids.split(1), progress=update)
+    if json is not None:
+        write_json(diagnosis.to_json(), json)
+    if json != STDOUT:
+        _print_diagnosis(diagnosis, model)
+
+
 @app.command("methods")
 @guarded
 def methods_command(json: JsonOption = None) -> None:
@@ -310,6 +338,18 @@ def _named(method: Any) -> str:
 def _headline(plan: "Plan") -> str:
     sides = f"K {plan.key_bits:.3f}, V {plan.value_bits:.3f}"
     return f"{_named(plan.method)}, {plan.true_bits:.3f} bits per cached element ({sides})"
+
+
+def _print_diagnosis(diagnosis: "Diagnosis", model: str | None) -> None:
+    """The table, what was found and what was not, and the command to go on with; 80 columns."""
+    from kvsight.doctor.layout import HEADER, LEGEND, paragraphs, rows
+
+    figures = diagnosis.figures
+    title = f"{figures.model}, {figures.tokens:,} tokens in windows of {figures.length:,}"
+    print_table(HEADER, rows(figures), title, text_columns=2)
+    typer.echo(LEGEND)
+    for paragraph in paragraphs(diagnosis.findings, diagnosis.recommendation, model):
+        typer.echo(f"\n{paragraph}")
 
 
 def _interval(figure: "Estimate") -> str:
