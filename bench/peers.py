@@ -73,11 +73,11 @@ class Peer:
 
 PEERS = (
     Peer("kivi", 40, method="kivi", key_axes=("channel",), value_axes=("token",)),
-    Peer("int", 14, method="int", key_axes=("token", "channel"), value_axes=("token", "channel")),
+    Peer("int", 20, method="int", key_axes=("token", "channel"), value_axes=("token", "channel")),
     Peer("turboquant", 12, groups=(None,), method="turboquant"),
     Peer("turboquant centred", 14, groups=(None,), method="turboquant", centre=True),
-    Peer("quanto", 20, widths=(2, 4), key_axes=(0, -1), value_axes=(0, -1)),
-    Peer("hqq", 22, widths=(1, 2, 3, 4, 8), key_axes=(0, 1), value_axes=(0, 1)),
+    Peer("quanto", 22, widths=(2, 4), key_axes=(0, -1), value_axes=(0, -1)),
+    Peer("hqq", 24, widths=(1, 2, 3, 4, 8), key_axes=(0, 1), value_axes=(0, 1)),
 )
 LOW, HIGH = 1.8, 6.0
 NOTE = "quanto, hqq: true_bits counts a scale as 16 bits, true_bits_as_run in the dtype it was stored in"
