@@ -73,7 +73,7 @@ class Peer:
 
 PEERS = (
     Peer("kivi", 40, method="kivi", key_axes=("channel",), value_axes=("token",)),
-    Peer("int", 20, method="int", key_axes=("token", "channel"), value_axes=("token", "channel")),
+    Peer("int", 28, method="int", key_axes=("token", "channel"), value_axes=("token", "channel")),
     Peer("turboquant", 12, groups=(None,), method="turboquant"),
     Peer("turboquant centred", 14, groups=(None,), method="turboquant", centre=True),
     Peer("quanto", 22, widths=(2, 4), key_axes=(0, -1), value_axes=(0, -1)),
