@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
+from kvsight.projections import Norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +85,17 @@ class SideStats:
     ``metric`` [H, d, d] says what an error e costs, eᵀ·metric·e: E[q qᵀ] of the queries that share the
     KV head for keys, Σ W_Oᵀ W_O of those heads for values. None where the model hides it.
     ``sample`` [H, n, d] holds a bounded random sample of the vectors themselves.
+    ``damage`` [H, d, d] says the same in nats of final KL per token (``damage_metric``); ``salience``
+    [H, n] is how strongly the output depends on each sampled vector. None where gradients were not read.
+    ``passages`` [H, m, d] are runs of neighbouring tokens, for codecs of token blocks.
     """
 
     moments: Moments
     metric: Tensor | None
     sample: Tensor
+    damage: Tensor | None = None
+    salience: Tensor | None = None
+    passages: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -101,12 +108,16 @@ class SideStats:
 
 @dataclass(frozen=True, eq=False)
 class LayerStats:
-    """One cached layer: its index in the cache, its sliding window (None = full attention), two sides."""
+    """One cached layer: its index in the cache, its sliding window (None = full attention), two sides.
+
+    ``norms`` are those of W_K and W_V, where they were recognised.
+    """
 
     index: int
     window: int | None
     key: SideStats
     value: SideStats
+    norms: tuple[Norms, Norms] | None = None
 
     def side(self, side: Literal["k", "v"]) -> SideStats:
         return self.key if side == "k" else self.value
@@ -121,6 +132,27 @@ class Stats:
     notes: tuple[str, ...] = ()
 
 
+# as many tokens of gradients as the read metric is worth beside them (docs/results.md)
+_PRIOR_TOKENS = 4096
+
+
+def damage_metric(gradient: Moments, side: SideStats) -> Tensor:
+    """What an error costs at the output, [H, d, d] in nats: ½ E[g gᵀ], shrunk to the read metric.
+
+    With g the gradient of log p(y), y drawn from the model, E[g gᵀ] is the Fisher information, so errors
+    e_j that are independent between tokens raise the final KL by ½ E[(g_jᵀ e_j)²] per token to second
+    order. Few gradients make a noisy matrix; the read metric, scaled to the same damage for errors
+    shaped as the vectors themselves, counts as ``_PRIOR_TOKENS`` of them.
+    """
+    fisher = gradient.second / 2
+    prior = shrunk(side.metric, side, 0.0)
+    covariance = side.moments.covariance
+    tiny = torch.finfo(torch.float64).tiny
+    level = (fisher * covariance).sum((-1, -2)) / (prior * covariance).sum((-1, -2)).clamp_min(tiny)
+    weight = _PRIOR_TOKENS / (_PRIOR_TOKENS + gradient.count)
+    return (1 - weight) * fisher + weight * level.clamp_min(0)[:, None, None] * prior
+
+
 def shrunk(metric: Tensor | None, side: SideStats, strength: float) -> Tensor:
     """(1 - s)·M + s·(tr M / d)·I, fp64: positive definite however short the calibration was.
 
@@ -132,3 +164,19 @@ def shrunk(metric: Tensor | None, side: SideStats, strength: float) -> Tensor:
     # a head that is always zero keeps a level whose root and inverse root are ordinary fp32 numbers
     level = metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return (1 - strength) * metric + strength * level[:, None, None] * eye
+
+
+# statistics of d coordinates want this many tokens per coordinate (docs/results.md)
+_TOKENS_PER_COORDINATE = 64
+
+
+def doubts(stats: Stats) -> tuple[str, ...]:
+    """What makes the statistics less than trustworthy, in sentences with numbers."""
+    dim = max(max(layer.key.dim, layer.value.dim) for layer in stats.layers)
+    wanted = _TOKENS_PER_COORDINATE * dim
+    if stats.tokens >= wanted:
+        return ()
+    return (
+        f"calibration is short: {stats.tokens:,} tokens for covariances of {dim} coordinates; "
+        f"{wanted:,} or more are wanted, and the plan may cost noticeably more than it could.",
+    )

@@ -1,13 +1,14 @@
-"""Watch a model read real text: post-RoPE queries, cached keys and values, and how outputs are read.
+"""Watch a model read real text: post-RoPE queries, cached keys and values, and how both are read.
 
 Keys and values are what the cache is given (so MLA latents and models without the attention interface
-work too); queries come from the attention interface. Memory is bounded: moments and a fixed sample.
+work too); queries come from the attention interface; gradients of the model's own log-likelihood say
+what an error costs at the output. Memory is bounded: moments and a fixed sample.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvsight.errors import KVSightError
 from kvsight.integrations.attention import attention_override, implementations, original
-from kvsight.stats import LayerStats, Moments, SideStats, Stats
+from kvsight.projections import Norms, projection_norms
+from kvsight.stats import LayerStats, Moments, SideStats, Stats, damage_metric
 
 Progress = Callable[[str, int, int], None]
 CacheSink = Callable[[int, Tensor, Tensor], None]
 QuerySink = Callable[[nn.Module, int, Tensor, Tensor], None]
 
 _NAME = "kvsight_observe"
+# neighbouring tokens that are kept together, for codecs of token blocks, and how many in all
+_RUN = 128
+_PASSAGE_TOKENS = 2048
 
 
 class SpyCache(DynamicCache):
@@ -76,21 +81,31 @@ def _name_for(model: PreTrainedModel, names: dict[str, str], module: nn.Module) 
 
 @dataclass
 class _Sampler:
-    """A uniform sample of tokens by random priority, the same tokens in every layer."""
+    """A uniform sample of tokens, or of runs of them, by random priority: the same in every layer."""
 
     size: int
     generator: torch.Generator
+    run: int = 1
     priority: Tensor = field(default_factory=lambda: torch.empty(0))
     keep: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    open: bool = True
 
-    def draw(self, tokens: int) -> None:
-        new = torch.rand(tokens, generator=self.generator)
-        every = torch.cat([self.priority, new])
-        self.keep = every.topk(min(self.size, len(every))).indices.sort().values
+    def draw(self, tokens: int, take: bool) -> None:
+        """Choose among the kept tokens and, if ``take``, the next ``tokens``."""
+        self.open = take
+        if not take:
+            return
+        runs = torch.rand(-(-tokens // self.run), generator=self.generator)
+        every = torch.cat([self.priority, runs.repeat_interleave(self.run)[:tokens]])
+        # a stable sort cuts only the last run when the sample is full
+        order = every.sort(descending=True, stable=True).indices
+        self.keep = order[: self.size].sort().values
         self.priority = every[self.keep]
 
-    def update(self, old: Tensor | None, new: Tensor) -> Tensor:
-        """[H, n, d] of kept tokens after ``new`` [H, tokens, d] came in."""
+    def update(self, old: Tensor | None, new: Tensor) -> Tensor | None:
+        """[H, n, ...] of kept tokens after ``new`` [H, tokens, ...] came in."""
+        if not self.open:
+            return old
         new = new.detach().float().cpu()
         pool = new if old is None else torch.cat([old, new], dim=1)
         return pool[:, self.keep]
@@ -98,7 +113,12 @@ class _Sampler:
 
 @dataclass
 class LayerTrace:
-    """What one cached layer showed: moments of K, V and pooled Q, a bounded sample, the output metric."""
+    """What one cached layer showed: moments of K, V and pooled Q, a bounded sample, the output metric.
+
+    Gradients are of the log-likelihood of text drawn from the model itself, with respect to each cached
+    vector; ``key_salience`` and ``value_salience`` [H, n] are their norms at the sampled tokens.
+    ``passages`` [H, m, d] are a second sample, of runs of 128 neighbours.
+    """
 
     index: int
     window: int | None
@@ -109,6 +129,13 @@ class LayerTrace:
     value_sample: Tensor | None = None
     query_sample: Tensor | None = None
     output_metric: Tensor | None = None
+    key_gradient: Moments | None = None
+    value_gradient: Moments | None = None
+    key_salience: Tensor | None = None
+    value_salience: Tensor | None = None
+    key_passages: Tensor | None = None
+    value_passages: Tensor | None = None
+    norms: tuple[Norms, Norms] | None = None
 
 
 @dataclass
@@ -132,17 +159,28 @@ def _merge_layer(a: LayerTrace, b: LayerTrace) -> LayerTrace:
     def join(x: Tensor | None, y: Tensor | None) -> Tensor | None:
         return x if y is None else y if x is None else torch.cat([x, y], dim=1)
 
-    query = a.query if b.query is None else b.query if a.query is None else a.query.merge(b.query)
+    def add(x: Moments | None, y: Moments | None) -> Moments | None:
+        return x if y is None else y if x is None else x.merge(y)
+
+    # the sample and its salience stay aligned only if both sides have one
+    weighed = a.key_salience is not None and b.key_salience is not None
     return LayerTrace(
         a.index,
         a.window,
         a.key.merge(b.key),
         a.value.merge(b.value),
-        query,
+        add(a.query, b.query),
         join(a.key_sample, b.key_sample),
         join(a.value_sample, b.value_sample),
         join(a.query_sample, b.query_sample),
         a.output_metric if a.output_metric is not None else b.output_metric,
+        add(a.key_gradient, b.key_gradient),
+        add(a.value_gradient, b.value_gradient),
+        join(a.key_salience, b.key_salience) if weighed else None,
+        join(a.value_salience, b.value_salience) if weighed else None,
+        join(a.key_passages, b.key_passages),
+        join(a.value_passages, b.value_passages),
+        a.norms if a.norms is not None else b.norms,
     )
 
 
@@ -150,27 +188,58 @@ def observe(
     model: PreTrainedModel,
     batches: Iterable[Tensor],
     *,
-    sample_tokens: int = 4096,
+    sample_tokens: int = 8192,
+    gradient_tokens: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Trace:
-    """Run ``batches`` (LongTensor [B, T] each) through the model and keep what attention saw."""
+    """Run ``batches`` (LongTensor [B, T] each) through the model and keep what attention saw.
+
+    Args:
+        sample_tokens: tokens whose vectors are kept as they are.
+        gradient_tokens: read gradients on about this many tokens, spread evenly over the batches
+            (over the first ones if ``batches`` has no length). The sample is then drawn from these.
+    """
     if getattr(model.config, "is_encoder_decoder", False):
         raise KVSightError(
             f"{type(model).__name__} is an encoder-decoder; kvsight packs caches of decoder-only models."
         )
-    observer = _Observer(model, _Sampler(sample_tokens, torch.Generator().manual_seed(seed)))
+    sampler = _Sampler(sample_tokens, torch.Generator().manual_seed(seed))
+    draws = torch.Generator(model.device).manual_seed(seed)
+    observer = _Observer(model, sampler, draws, weighing=gradient_tokens > 0)
     total = len(batches) if isinstance(batches, Sized) else 0
     count = 0
-    with capture(model, observer.on_query) as listens:
+    with _evaluating(model), capture(model, observer.on_query) as listens:
         for ids in batches:
-            observer.run(check_ids(ids, model))
+            checked = check_ids(ids, model)
+            observer.run(checked, gradient_tokens > 0 and _chosen(count, total, gradient_tokens, checked))
             count += 1
             if progress is not None:
                 progress("observe", count, total)
     if observer.tokens == 0:
         raise KVSightError("calibration needs at least one batch of token ids; got none.")
     return observer.trace(listens)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout would be part of what is observed."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _chosen(index: int, total: int, tokens: int, ids: Tensor) -> bool:
+    """Whether batch ``index`` of ``total`` is one of the evenly spread ones that hold ``tokens``."""
+    wanted = -(-tokens // ids.numel())
+    if total == 0:
+        return index < wanted
+    share = min(1.0, wanted / total)
+    return int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
 
 
 def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
@@ -191,29 +260,85 @@ def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 class _Observer:
-    def __init__(self, model: PreTrainedModel, sampler: _Sampler) -> None:
-        self.model, self.sampler = model, sampler
+    def __init__(
+        self, model: PreTrainedModel, sampler: _Sampler, draws: torch.Generator, weighing: bool
+    ) -> None:
+        self.model, self.sampler, self.draws = model, sampler, draws
+        self.weighing = weighing
+        self.passages = _Sampler(_PASSAGE_TOKENS, sampler.generator, _RUN)
         self.layers: dict[int, LayerTrace] = {}
         self.tokens = 0
         self.unpackable: set[str] = set()
+        self.no_gradient: str | None = None
         self.cache: SpyCache | None = None
         self.hooks: dict[int, list[torch.utils.hooks.RemovableHandle]] = {}
+        self.cached: dict[int, tuple[Tensor, Tensor]] = {}
+        self.weighed: set[int] = set()
 
-    def run(self, ids: Tensor) -> None:
-        self.sampler.draw(ids.numel())
+    def run(self, ids: Tensor, gradient: bool) -> None:
+        gradient = gradient and self.no_gradient is None
+        self.sampler.draw(ids.numel(), take=gradient or not self.weighing)
+        self.passages.draw(ids.numel(), take=True)
         self.cache = SpyCache(self.model.config, self.on_cache)
-        arguments: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            arguments["logits_to_keep"] = 1
+        ids = ids.to(self.model.device)
         try:
-            with torch.inference_mode():
-                self.model(ids.to(self.model.device), **arguments)
+            if gradient:
+                self._read_gradient(ids)
+            else:
+                with torch.no_grad():
+                    self.model(ids, **self._arguments(last_only=True))
         finally:
             for handles in self.hooks.values():
                 for handle in handles:
                     handle.remove()
             self.cache = None
+            self.cached = {}
         self.tokens += ids.numel()
+
+    def _arguments(self, last_only: bool) -> dict[str, Any]:
+        out: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        if last_only and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            out["logits_to_keep"] = 1
+        return out
+
+    def _read_gradient(self, ids: Tensor) -> None:
+        """Moments of ∂ log p(y) / ∂(cached vector) for one text y drawn from the model's own p."""
+        try:
+            with _differentiable(self.model), torch.enable_grad():
+                logits = self.model(ids, **self._arguments(last_only=False)).logits
+                log_p = torch.log_softmax(logits.float(), dim=-1)
+                drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1), 1, generator=self.draws)
+                total = log_p.flatten(0, 1).gather(-1, drawn).sum()
+                vectors = [x for pair in self.cached.values() for x in pair]
+                found = torch.autograd.grad(total, vectors, allow_unused=True)
+        except torch.OutOfMemoryError as error:
+            raise KVSightError(
+                "gradients of a calibration batch do not fit into memory. Give smaller batches, "
+                "or fit with propagation='perturbation'."
+            ) from error
+        except RuntimeError as error:
+            # attention kernels and quantised weights without a backward pass
+            self._give_up(str(error).splitlines()[0])
+            return
+        gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(vectors, found, strict=True)]
+        if not all(bool(torch.isfinite(g).all()) for g in gradients):
+            self._give_up("they are not finite")
+            return
+        for layer, key, value in zip(self.cached, gradients[::2], gradients[1::2], strict=True):
+            self._add_gradient(self.layers[layer], _tokens(key), _tokens(value))
+
+    def _add_gradient(self, seen: LayerTrace, key: Tensor, value: Tensor) -> None:
+        if seen.key_gradient is None or seen.value_gradient is None:
+            seen.key_gradient = Moments.zero(key.shape[0], key.shape[2])
+            seen.value_gradient = Moments.zero(value.shape[0], value.shape[2])
+        seen.key_gradient = seen.key_gradient.add(key)
+        seen.value_gradient = seen.value_gradient.add(value)
+        seen.key_salience = self.sampler.update(seen.key_salience, key.float().norm(dim=-1))
+        seen.value_salience = self.sampler.update(seen.value_salience, value.float().norm(dim=-1))
+
+    def _give_up(self, why: str) -> None:
+        self.no_gradient = why
+        self.weighing = False
 
     def on_cache(self, layer: int, k: Tensor, v: Tensor) -> None:
         assert self.cache is not None
@@ -221,6 +346,7 @@ class _Observer:
         if type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer):
             self.unpackable.add(type(kind).__name__)
             return
+        self.cached[layer] = (k, v)
         key, value = _tokens(k), _tokens(v)
         if layer not in self.layers:
             self.layers[layer] = LayerTrace(
@@ -233,6 +359,8 @@ class _Observer:
         seen.key, seen.value = seen.key.add(key), seen.value.add(value)
         seen.key_sample = self.sampler.update(seen.key_sample, key)
         seen.value_sample = self.sampler.update(seen.value_sample, value)
+        seen.key_passages = self.passages.update(seen.key_passages, key)
+        seen.value_passages = self.passages.update(seen.value_passages, value)
 
     def on_query(self, module: nn.Module, layer: int, q: Tensor, k: Tensor) -> None:
         assert self.cache is not None
@@ -250,6 +378,10 @@ class _Observer:
             first = pooled[:, :, 0]
             seen.query_sample = self.sampler.update(seen.query_sample, first)
             self._find_projection(module, seen, q.shape[1])
+            if seen.norms is None and seen.index not in self.weighed:
+                self.weighed.add(seen.index)
+                dims = (q.shape[-1], int(seen.value.total.shape[1]))
+                seen.norms = projection_norms(module, q.shape[1], k.shape[1], dims)
 
     def _find_projection(self, module: nn.Module, seen: LayerTrace, heads: int) -> None:
         """The first child that is fed the attention output is the output projection."""
@@ -258,7 +390,7 @@ class _Observer:
         width = heads * int(seen.value.total.shape[1])
 
         def found(child: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0] if inputs else None
+            x = inputs[0].detach() if inputs and isinstance(inputs[0], Tensor) else None
             for handle in self.hooks[id(module)]:
                 handle.remove()
             usable = isinstance(x, Tensor) and x.shape[-1] == width and _is_linear(child, x)
@@ -285,7 +417,31 @@ class _Observer:
                 "some layers cache something else than attention reads (MLA latents): "
                 "their keys and values use storage error"
             )
+        if self.no_gradient is not None:
+            notes.append(f"gradients could not be read: {self.no_gradient}")
+            for layer in self.layers.values():
+                layer.key_gradient = layer.value_gradient = None
+                layer.key_salience = layer.value_salience = None
         return Trace(dict(sorted(self.layers.items())), self.tokens, tuple(notes))
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Activations carry gradients, parameters do not: nothing is kept for them."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+
+    def carry(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    hook = model.get_input_embeddings().register_forward_hook(carry)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -324,12 +480,12 @@ def summarise(trace: Trace) -> Stats:
     for seen in trace.layers.values():
         assert seen.key_sample is not None and seen.value_sample is not None
         query_metric = None if seen.query is None else seen.query.second
-        layers.append(
-            LayerStats(
-                seen.index,
-                seen.window,
-                SideStats(seen.key, query_metric, seen.key_sample),
-                SideStats(seen.value, seen.output_metric, seen.value_sample),
-            )
-        )
+        key = SideStats(seen.key, query_metric, seen.key_sample, passages=seen.key_passages)
+        value = SideStats(seen.value, seen.output_metric, seen.value_sample, passages=seen.value_passages)
+        if seen.key_gradient is not None and seen.value_gradient is not None:
+            damage = damage_metric(seen.key_gradient, key)
+            key = replace(key, damage=damage, salience=seen.key_salience)
+            damage = damage_metric(seen.value_gradient, value)
+            value = replace(value, damage=damage, salience=seen.value_salience)
+        layers.append(LayerStats(seen.index, seen.window, key, value, seen.norms))
     return Stats(tuple(layers), trace.tokens, trace.notes)
