@@ -1,5 +1,6 @@
 """A fitted transform and quantizer for some heads of one layer's keys or values."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, Self
@@ -7,6 +8,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from kvsight.drift import Assumed
 from kvsight.errors import KVSightError
 from kvsight.formats import Format, Packed
 from kvsight.ops.attend.ref import Coded, Folded
@@ -36,6 +38,8 @@ class Quantizer(Protocol):
     def decode(self, packed: Packed) -> Tensor: ...
 
     def to(self, device: torch.device | str) -> Self: ...
+
+    def heads(self, index: Sequence[int]) -> Self: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +117,12 @@ class Codec:
             quantizer=self.quantizer.to(device),
         )
 
+    def of_heads(self, index: Sequence[int]) -> "Codec":
+        """The codec of some of its heads, by their place among them."""
+        return replace(
+            self, transform=self.transform.heads(list(index)), quantizer=self.quantizer.heads(index)
+        )
+
     @property
     def static_nbytes(self) -> int:
         """Bytes of calibration tensors: codebooks, matrices and means (inverses are derived)."""
@@ -126,10 +136,20 @@ class Codec:
 
 @dataclass(frozen=True)
 class Placement:
-    """A codec for these KV heads of one side of one layer; its tensors lead with ``len(heads)`` or 1."""
+    """A codec for these KV heads of one side of one layer; its tensors lead with ``len(heads)`` or 1.
+
+    ``assumed`` is what calibration saw in the codec's coordinates, for telling drift.
+    """
 
     heads: tuple[int, ...]
     codec: Codec
+    assumed: Assumed | None = None
 
     def to(self, device: torch.device | str) -> "Placement":
-        return Placement(self.heads, self.codec.to(device))
+        assumed = None if self.assumed is None else self.assumed.to(device)
+        return Placement(self.heads, self.codec.to(device), assumed)
+
+    @property
+    def static_nbytes(self) -> int:
+        """Bytes of calibration tensors, paid once."""
+        return self.codec.static_nbytes + (0 if self.assumed is None else self.assumed.nbytes)

@@ -49,6 +49,17 @@ def share_bytes(variances: Tensor, total: int, distortion: Sequence[float]) -> l
     return shares
 
 
+def falling_gains(variances: Tensor, distortion: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Every step of reverse water-filling over coordinates [..., d], best first.
+
+    Returns the coordinate that each step widens and its width after the step, [..., d·widest] each.
+    """
+    flat = _gains(variances, distortion).mT.flatten(-2)
+    order = flat.sort(dim=-1, descending=True, stable=True).indices
+    dim = variances.shape[-1]
+    return order % dim, torch.div(order, dim, rounding_mode="floor") + 1
+
+
 def _gains(variances: Tensor, distortion: Sequence[float]) -> Tensor:
     """What each next bit of each coordinate saves, [..., d, widest], fp64."""
     d = torch.tensor(distortion, dtype=torch.float64)

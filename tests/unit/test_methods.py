@@ -7,7 +7,6 @@ import kvsight
 from kvsight.errors import KVSightError
 from kvsight.formats import Dense, Grouped, Row
 from kvsight.methods.base import Budget
-from kvsight.quantizers.lloyd_max import fitted_stretch, gaussian, row_quantizer
 from kvsight.retention import Retention
 from kvsight.testing import random_stats
 
@@ -118,7 +117,7 @@ def test_sight_spends_whole_bytes_and_no_more(bits):
 
 
 def test_sight_without_a_metric_sees_storage_error():
-    seen, blind = (place("sight", "k", limit(3.0), metric=m)[0].codec for m in (True, False))
+    seen, blind = (place("sight", "k", limit(3.0), metric=m)[0].codec for m in ("attention", "storage"))
     basis = blind.transform.inverse_matrix[0]
     basis = basis / basis.norm(dim=-1, keepdim=True)
     assert torch.allclose(basis @ basis.T, torch.eye(64, dtype=torch.float64), atol=1e-6)
@@ -185,8 +184,11 @@ def test_a_budget_that_exact_tokens_use_up_says_so():
     [
         ("int", {"axis": "row"}, "int option 'axis' is 'token' or 'channel'; got 'row'"),
         ("turboquant", {"rotation": "none"}, "'rotation' is 'haar' or 'hadamard'; got 'none'"),
-        ("sight", {"codebook": "ternary"}, "'codebook' is one of gaussian, uniform; got 'ternary'"),
-        ("sight", {"metric": "maybe"}, r"'metric' takes bool \(default True\); got 'maybe'"),
+        ("sight", {"codebook": "ternary"}, "'codebook' is one of gaussian, uniform, fitted; got 'ternary'"),
+        ("sight", {"metric": "maybe"}, "'metric' is one of output, attention, storage; got 'maybe'"),
+        ("sight", {"metric": False}, "'metric' is one of output, attention, storage; got 'False'"),
+        ("sight", {"scales": "loose"}, "'scales' is one of fitted, static; got 'loose'"),
+        ("turboquant", {"centre": "maybe"}, r"'centre' takes bool \(default False\); got 'maybe'"),
         ("sight", {"shrink": "nan"}, "'shrink' is a share from 0 to 1; got nan"),
         ("sight", {"shrink": -0.1}, "'shrink' is a share from 0 to 1; got -0.1"),
         ("kivi", {"group": "wide"}, r"'group' takes int \(default 0\); got 'wide'"),
@@ -209,12 +211,3 @@ def test_identity_at_the_highest_budget_still_copies():
 def test_identity_keeps_the_type_of_exact_tokens():
     (placement,) = place("identity", "v", Budget(32, 1024, Retention(0, 0), torch.float32))
     assert placement.codec.format == Dense(64, torch.float32)
-
-
-def test_codebooks_are_stretched_to_the_sample():
-    # a sample three times as wide wants three times the scale, within the search's reach and grid
-    quantizer = row_quantizer((4, 4, 4, 0), gaussian)
-    y = torch.randn(1, 4000, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    factors = fitted_stretch(quantizer, y * torch.tensor([1.0, 2.0, 0.8, 5.0]))[0]
-    assert factors.tolist() == pytest.approx([1, 2, 0.8, 1], rel=0.08)
-    assert fitted_stretch(quantizer, y[:, :0]).tolist() == [[1, 1, 1, 1]]

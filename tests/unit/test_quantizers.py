@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 from kvsight.errors import KVSightError
 from kvsight.formats import Dense, Grouped, Packed, Row
 from kvsight.packing import unpack_row
+from kvsight.quantizers import lloyd_max
 from kvsight.quantizers.dense import DenseQuantizer
-from kvsight.quantizers.lloyd_max import RowQuantizer, gaussian, row_quantizer, sphere, uniform
+from kvsight.quantizers.lloyd_max import (
+    RowQuantizer,
+    _SortedSample,
+    fitted_levels,
+    fitted_stretches,
+    gaussian,
+    row_quantizer,
+    sphere,
+    uniform,
+)
 from kvsight.quantizers.uniform import GroupedQuantizer
 
 
@@ -204,3 +214,190 @@ def test_codebooks_are_symmetric_and_rising(bits):
         assert isinstance(book.distortion, float) and math.isfinite(book.distortion)
     steps = np.diff(uniform(bits).levels)
     assert np.allclose(steps, steps[0], rtol=1e-12)
+
+
+def nearest_error(y, levels, weights):
+    """Σ_t w_t min_k (y_t - l_k)², with a loop over nothing but arrays."""
+    return (weights * (y[:, None] - levels).square().amin(-1)).sum()
+
+
+def nearest_risk(y, levels, weights):
+    """The error of the sample, and of a share of it that is some times as large."""
+    larger = nearest_error(lloyd_max._TAIL * y, levels, weights)
+    return nearest_error(y, levels, weights) + lloyd_max._TAIL_SHARE * larger
+
+
+@pytest.fixture
+def no_tail(monkeypatch):
+    """Fits to the sample alone."""
+    monkeypatch.setattr(lloyd_max, "_TAIL_SHARE", 0.0)
+
+
+def heavy_tailed(*shape, seed=0):
+    """Student's t with 5 degrees of freedom, of unit variance: what real coordinates look like."""
+    draws = np.random.default_rng(seed).standard_t(5, size=shape) * math.sqrt(3 / 5)
+    return torch.from_numpy(draws)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 40), st.booleans())
+def test_sorted_samples_know_the_error_of_any_levels(seed, count, tokens, weighted):
+    y = draw(2, tokens, 3, seed=seed).double().round(decimals=seed % 3)
+    weights = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    # two codebooks for every coordinate
+    levels = (draw(6, 2, count, seed=seed + 1).double().round(decimals=1)).sort(-1).values
+    sample = _SortedSample.of(y, weights if weighted else None)
+    error, risk = sample.error(levels), sample.risk(levels)
+    assert error.shape == risk.shape == (6, 2)
+    for column, trial in np.ndindex(6, 2):
+        head, i = divmod(column, 3)
+        w = weights[head] if weighted else torch.ones(tokens)
+        for found, brute in ((error, nearest_error), (risk, nearest_risk)):
+            wanted = brute(y[head, :, i], levels[column, trial], w).item()
+            assert found[column, trial].item() == pytest.approx(wanted, rel=1e-9, abs=1e-11)
+
+
+def test_sorted_samples_share_tokens_out_among_cells():
+    weights = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    y = torch.tensor([[[3.0], [-1.0], [0.2], [1.0]]])
+    levels = torch.tensor([[[-1.0, 0.0, 2.0]]], dtype=torch.float64)
+    weight, first, second = _SortedSample.of(y, weights).cells(levels)[0, :, 0]
+    # the edges are -0.5 and 1, and what lies on an edge is equally far from both sides
+    assert weight.sum() == 15 and weight[0] == 2 and weight[1] in (4, 12)
+    assert first.sum() == pytest.approx(3 - 2 + 0.8 + 8)
+    assert second.sum() == pytest.approx(9 + 2 + 0.16 + 8)
+
+
+@pytest.mark.parametrize("book", [gaussian, uniform])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_stretches_are_near_the_best_of_a_fine_grid(book, weighted):
+    y = heavy_tailed(2, 1500, 2) * torch.tensor([1.0, 0.8])
+    weights = heavy_tailed(2, 1500, seed=1).abs() if weighted else torch.ones(2, 1500)
+    found = fitted_stretches(y, book, weights if weighted else None)
+    grid = np.exp(np.linspace(math.log(0.45), math.log(3.2), 400))
+    for head, i, width in np.ndindex(2, 2, 9):
+        column, w = y[head, :, i], weights[head].double()
+        if width == 0:
+            assert found.factors[head, i, 0] == 1
+            wanted = (w * column.square()).sum() / w.sum()
+            assert found.errors[head, i, 0].item() == pytest.approx(wanted.item(), rel=1e-12)
+            continue
+        levels = torch.tensor(book(width).levels, dtype=torch.float64)
+        sample = _SortedSample.of(column[None, :, None], w[None])
+        risks = sample.risk((levels * torch.from_numpy(grid)[:, None]).unsqueeze(0))[0]
+        best = levels * found.factors[head, i, width]
+        error = nearest_error(column, best, w) / w.sum()
+        assert found.errors[head, i, width].item() == pytest.approx(error.item(), rel=1e-9)
+        # with few tokens per level there are several minima, all nearly as deep
+        assert nearest_risk(column, best, w) <= risks.min() * (1.01 if width <= 5 else 1.25)
+
+
+def test_stretches_find_the_scale_of_a_gaussian_sample(no_tail):
+    y = torch.randn(1, 20_000, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = fitted_stretches(y * torch.tensor([1.0, 2.0, 0.8]), gaussian)
+    assert found.factors[0, :, 4].tolist() == pytest.approx([1, 2, 0.8], rel=0.04)
+    for width in range(1, 5):
+        wanted = gaussian(width).distortion
+        ratios = found.errors[0, :, width] / torch.tensor([1.0, 4.0, 0.64])
+        assert ratios.tolist() == pytest.approx([wanted] * 3, rel=0.06)
+    first, second = found.factors[0, 0, 4].item(), found.factors[0, 1, 2].item()
+    assert found.of((4, 2, 0), [0])[0].tolist() == [first, second, 1]
+
+
+def test_a_larger_tail_wants_a_wider_range(monkeypatch):
+    y = draw(1, 2000, 1).double()
+    factors = []
+    for share in (0.0, 0.1, 1.0):
+        monkeypatch.setattr(lloyd_max, "_TAIL_SHARE", share)
+        factors.append(fitted_stretches(y, gaussian).factors[0, 0, 3].item())
+    assert 0.9 < factors[0] < factors[1] < factors[2] < 2.5
+
+
+def test_judges_measure_what_weights_fit():
+    # the first half is narrow and is fitted; the second half is wide and is judged
+    y = draw(1, 400, 2).double()
+    y[:, 200:] *= 3
+    first = torch.cat([torch.ones(1, 200), torch.zeros(1, 200)], dim=-1)
+    found = fitted_stretches(y, gaussian, first, 1 - first)
+    alone = fitted_stretches(y[:, :200], gaussian)
+    assert torch.allclose(found.factors, alone.factors)
+    levels = torch.tensor(gaussian(3).levels, dtype=torch.float64)
+    for i in range(2):
+        second = y[0, 200:, i]
+        wanted = nearest_error(second, levels * alone.factors[0, i, 3], torch.ones(200)) / 200
+        assert found.errors[0, i, 3].item() == pytest.approx(wanted.item(), rel=1e-9)
+        assert found.errors[0, i, 0].item() == pytest.approx(second.square().mean().item(), rel=1e-9)
+
+
+def test_silent_coordinates_keep_their_levels_and_finite_errors():
+    y = draw(1, 50, 3).double()
+    y[..., 1] = 0
+    found = fitted_stretches(y, gaussian)
+    assert (found.factors[0, 1] == 1).all()
+    assert torch.isfinite(found.factors).all() and torch.isfinite(found.errors).all()
+    # a coordinate that is always zero errs by its level nearest to zero
+    assert found.errors[0, 1, 0] == 0
+    assert found.errors[0, 1, 2].item() == pytest.approx(min(abs(v) for v in gaussian(2).levels) ** 2)
+    weights = torch.zeros(1, 50)
+    weights[:, 0] = 1
+    fitted = fitted_levels(row_quantizer((3, 3, 1), gaussian), y, weights)
+    assert torch.isfinite(fitted.levels).all()
+
+
+def test_empty_samples_leave_the_codebook_as_it_is():
+    found = fitted_stretches(torch.zeros(2, 0, 3), gaussian)
+    assert (found.factors == 1).all()
+    assert found.errors[1, 2].tolist() == [1.0, *(gaussian(bits).distortion for bits in range(1, 9))]
+    quantizer = row_quantizer((2, 1, 0), gaussian)
+    assert fitted_levels(quantizer, torch.zeros(2, 0, 3)) is quantizer
+    nothing = row_quantizer((0, 0), gaussian)
+    assert fitted_levels(nothing, torch.ones(2, 5, 2)) is nothing
+
+
+@pytest.mark.parametrize("widths", [(4, 2, 2, 1, 0), (8, 7, 3, 0, 0)])
+@pytest.mark.parametrize("tokens", [1, 7, 600])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fitted_levels_never_raise_the_risk_of_the_sample(widths, tokens, weighted):
+    y = heavy_tailed(3, tokens, len(widths), seed=3)
+    weights = heavy_tailed(3, tokens, seed=4).abs() + 0.01 if weighted else torch.ones(3, tokens)
+    before = row_quantizer(widths, gaussian)
+    after = fitted_levels(before, y, weights if weighted else None)
+    assert after.format == before.format
+    assert after.starts.shape == (3, sum(w > 0 for w in widths))
+    for head in range(3):
+        for i, width in enumerate(w for w in widths if w > 0):
+            old = before.levels[before.starts[0, i] :][: 2**width].double()
+            new = after.levels[after.starts[head, i] :][: 2**width].double()
+            assert (new.diff() >= 0).all()
+            column, w = y[head, :, i], weights[head].double()
+            risk, was = (nearest_risk(column, levels, w) for levels in (new, old))
+            assert risk <= was * (1 + 1e-6) + 1e-12
+            if tokens == 600 and width <= 2:
+                # enough tokens in every cell to be worth a visible share
+                assert risk < was * 0.999
+    # codes and levels belong together
+    decoded = after.decode(after.encode(y[None]))[0]
+    for head, i in np.ndindex(3, after.format.stored):
+        table = after.levels[after.starts[head, i] :][: 2 ** widths[i]]
+        nearest = (y[head, :, i, None].float() - table).abs().amin(-1)
+        assert torch.allclose((decoded[head, :, i] - y[head, :, i].float()).abs(), nearest, atol=1e-6)
+
+
+def test_fitted_levels_of_many_tokens_are_centroids(no_tail):
+    y = heavy_tailed(1, 20_000, 1, seed=5)
+    fitted = fitted_levels(row_quantizer((2,), gaussian), y)
+    levels = fitted.levels.double()
+    index = (y[0, :, 0, None] - levels).abs().argmin(-1)
+    centroids = torch.stack([y[0, index == k, 0].mean() for k in range(4)])
+    # 20 tokens' worth of the start remain in cells of some thousand
+    assert torch.allclose(levels, centroids, rtol=0.02)
+
+
+def test_quantizers_of_some_heads_are_those_heads():
+    quantizer = fitted_levels(row_quantizer((3, 2, 0), gaussian), draw(4, 300, 3).double())
+    x = draw(1, 4, 9, 3, seed=1)
+    whole = quantizer.decode(quantizer.encode(x))
+    some = quantizer.heads([3, 1])
+    assert torch.equal(some.decode(some.encode(x[:, [3, 1]])), whole[:, [3, 1]])
+    assert torch.equal(quantizer.rounded(x[0, ..., :2]), whole[0])
+    shared = row_quantizer((3, 2, 0), gaussian)
+    assert shared.heads([1]) is shared

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvsight.errors import KVSightError
 from kvsight.quantizers.lloyd_max import gaussian
-from kvsight.waterfill import reverse_water_fill, share_bytes
+from kvsight.waterfill import falling_gains, reverse_water_fill, share_bytes
 
 DISTORTION = [1.0, *(gaussian(bits).distortion for bits in range(1, 9))]
 variances = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4).map(lambda v: sorted(v, reverse=True))
@@ -100,3 +100,25 @@ def test_a_louder_head_gets_more_bytes():
 def test_bytes_that_no_heads_can_share(total):
     with pytest.raises(KVSightError, match=f"cannot share {total} bytes among 2 heads of 1 to 8 bytes"):
         share_bytes(torch.ones(2, 8), total, DISTORTION)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=6).map(lambda v: sorted(v, reverse=True)))
+def test_falling_gains_are_all_water_fillings_at_once(values):
+    lam = torch.tensor(values, dtype=torch.float64)
+    coordinate, width = falling_gains(lam, DISTORTION)
+    for bits in range(8 * len(values) + 1):
+        counts = torch.bincount(coordinate[:bits], minlength=len(values)).tolist()
+        assert tuple(counts) == reverse_water_fill(lam, bits, DISTORTION)
+    # each coordinate is widened by one bit at a time
+    for i in range(len(values)):
+        assert width[coordinate == i].tolist() == list(range(1, 9))
+
+
+def test_falling_gains_take_heads_apart():
+    lam = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    coordinate, width = falling_gains(lam, DISTORTION)
+    assert coordinate.shape == width.shape == (2, 3, 40)
+    for index in itertools.product(range(2), range(3)):
+        alone = falling_gains(lam[index], DISTORTION)
+        assert torch.equal(coordinate[index], alone[0])
+        assert torch.equal(width[index], alone[1])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from kvsight.codec import Codec, Placement, Quantizer
 from kvsight.errors import KVSightError
@@ -70,12 +71,35 @@ class Build(Protocol):
     ) -> tuple[Placement, ...]: ...
 
 
+class RowMaker(Protocol):
+    """A method fitted to one side of a layer, for rows of any whole number of bytes per head.
+
+    ``damage`` [H, d + 1] is the predicted cost of rows of 0, 1, ... d bytes in the units of
+    ``SideStats.damage``, nats of final KL per token; ``error`` [H, d + 1] is the squared error per vector.
+    """
+
+    @property
+    def damage(self) -> Tensor: ...
+
+    @property
+    def error(self) -> Tensor: ...
+
+    def place(self, rows: Sequence[int]) -> tuple[Placement, ...]:
+        """Codecs whose heads store ``rows`` bytes per token."""
+        ...
+
+
+class Rows(Protocol):
+    def __call__(self, side: Side, stats: SideStats, options: Mapping[str, Option]) -> RowMaker: ...
+
+
 @dataclass(frozen=True)
 class Method:
     """A published method. ``options`` are its settings with their defaults.
 
-    ``fine`` methods take any whole number of bytes per row, so a fractional budget is spread over
-    layers; the others round down to their next configuration.
+    A method with ``rows`` takes any row size, so a fractional budget is spread over layers and heads;
+    the others round down to their next configuration. ``allocate`` is how ``fit`` spends the budget
+    unless told otherwise.
     """
 
     name: str
@@ -83,7 +107,8 @@ class Method:
     paper: str
     build: Build
     options: Mapping[str, Option] = field(default_factory=dict)
-    fine: bool = False
+    rows: Rows | None = None
+    allocate: str = "uniform"
 
     def with_defaults(self, options: Mapping[str, object]) -> dict[str, Option]:
         """All options, given ones first; unknown names and misfitting values raise."""

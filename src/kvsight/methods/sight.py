@@ -1,52 +1,158 @@
-"""sight: transform coding in the coordinates that queries (or W_O) see (docs/design.md, section 2).
+"""sight: transform coding in the coordinates that the model's output sees (docs/methods/sight.md).
 
 Centre, whiten the read metric, diagonalise: an error in coordinate i costs λ_i D(b_i), so integer bits
-follow from reverse water-filling on λ, over all heads of a layer together. Scales are static: the
-calibration's standard deviation, stretched for the least squared error where tails are heavy. A row is
-codes and nothing else.
+follow from reverse water-filling on λ, over all heads of a layer together, or over the whole model
+where an allocator shares out the bytes. Scales are static: the calibration's standard deviation,
+stretched for the least squared error where tails are heavy. A row is codes and nothing else.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
 from kvsight.methods.base import Budget, Method, Option, Side
 from kvsight.packing import MAX_WIDTH
-from kvsight.quantizers.lloyd_max import CODEBOOKS, fitted_stretch, row_quantizer
+from kvsight.quantizers.lloyd_max import (
+    CODEBOOKS,
+    Stretches,
+    fitted_levels,
+    fitted_stretches,
+    row_quantizer,
+)
 from kvsight.stats import SideStats, shrunk
-from kvsight.transforms import centre, karhunen_loeve, scale
-from kvsight.waterfill import reverse_water_fill, share_bytes
+from kvsight.transforms import Transform, centre, karhunen_loeve, scale
+from kvsight.waterfill import falling_gains, reverse_water_fill, share_bytes
+
+METRICS = ("output", "attention", "storage")
+# D(b) of the Gaussian for levels that a sample chooses: close enough to order coordinates by
+_SHAPES = {**CODEBOOKS, "fitted": CODEBOOKS["gaussian"]}
+
+
+@dataclass(frozen=True, eq=False)
+class SightRows:
+    """The coordinates of one layer's side, and what each of them wants at every width."""
+
+    stats: SideStats
+    options: Mapping[str, Option]
+    transform: Transform
+    variances: Tensor
+    _fitted: dict[tuple[tuple[int, ...], tuple[int, ...]], Codec] = field(default_factory=dict)
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """The sample in unit coordinates, [H, n, d]."""
+        return self.transform.forward(self.stats.sample.double())
+
+    @cached_property
+    def weights(self) -> Tensor | None:
+        """How much each sampled token counts in fits: its gradient's norm, [H, n].
+
+        Its square would be what an error there costs, but leaves few tokens to fit to.
+        """
+        salience = self.stats.salience
+        # where nothing depends on a head, every token counts the same
+        return (
+            None
+            if salience is None
+            else salience.double() + salience.double().mean(-1, keepdim=True) * 1e-3 + 1e-30
+        )
+
+    @cached_property
+    def stretches(self) -> Stretches:
+        weights = self.weights
+        judges = None if weights is None else weights.square()
+        return fitted_stretches(self.sample, _SHAPES[str(self.options["codebook"])], weights, judges)
+
+    @property
+    def static(self) -> bool:
+        """Whether nothing is fitted to the sample: the codebook as it is, at the standard deviation."""
+        return self.options["scales"] == "static"
+
+    @cached_property
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        """Coordinate and width after each step of reverse water-filling, best first, [H, 8·d] each."""
+        return falling_gains(self.variances, distortion(self.options))
+
+    @property
+    def damage(self) -> Tensor:
+        seen = self.stats.metric if self.stats.damage is None else self.stats.damage
+        return self._remaining(shrunk(seen, self.stats, 0.0))
+
+    @property
+    def error(self) -> Tensor:
+        return self._remaining(shrunk(None, self.stats, 0.0))
+
+    def _remaining(self, metric: Tensor) -> Tensor:
+        """Σ_i cost_i D_i(b_i) for rows of 0..d bytes, with D_i as measured on the sample, [H, d + 1]."""
+        assert self.transform.inverse_matrix is not None
+        back = self.transform.inverse_matrix
+        costs = ((back @ metric) * back).sum(-1)
+        left = costs.unsqueeze(-1) * (
+            torch.tensor(distortion(self.options)).expand(*costs.shape, -1)
+            if self.static
+            else self.stretches.errors
+        )
+        coordinate, width = self._steps
+        heads = torch.arange(len(costs)).unsqueeze(-1)
+        saved = left[heads, coordinate, width - 1] - left[heads, coordinate, width]
+        saved = saved.unflatten(-1, (-1, 8)).sum(-1).cumsum(-1)
+        whole = left[..., 0].sum(-1, keepdim=True)
+        return torch.cat([whole, whole - saved], dim=-1).clamp_min(0)
+
+    def place(self, rows: Sequence[int]) -> tuple[Placement, ...]:
+        """Codecs whose heads store ``rows`` bytes per token; heads of equal widths share one."""
+        falls = distortion(self.options)
+        widths = [reverse_water_fill(v, 8 * n, falls) for v, n in zip(self.variances, rows, strict=True)]
+        placements: list[Placement] = []
+        for shared in dict.fromkeys(widths):
+            heads = [head for head, own in enumerate(widths) if own == shared]
+            # plans of one fit often agree on a head
+            key = shared, tuple(heads)
+            if key not in self._fitted:
+                self._fitted[key] = self._codec(shared, heads)
+            placements.append(Placement(tuple(heads), self._fitted[key]))
+        return tuple(placements)
+
+    def _codec(self, widths: tuple[int, ...], heads: list[int]) -> Codec:
+        codebook = str(self.options["codebook"])
+        quantizer, transform = row_quantizer(widths, _SHAPES[codebook]), self.transform.heads(heads)
+        if self.static:
+            return Codec("sight", transform, quantizer)
+        factors = self.stretches.of(widths, heads)
+        if codebook == "fitted":
+            weights = None if self.weights is None else self.weights[heads]
+            quantizer = fitted_levels(quantizer, self.sample[heads] / factors.unsqueeze(-2), weights)
+        return Codec("sight", transform.then(scale(factors)), quantizer)
+
+
+def rows(side: Side, stats: SideStats, options: Mapping[str, Option]) -> SightRows:
+    """Fit the coordinates of one side of a layer."""
+    check(options)
+    strength = float(options["shrink"])
+    seen = {"output": stats.metric if stats.damage is None else stats.damage, "attention": stats.metric}
+    metric = shrunk(seen.get(str(options["metric"])), stats, strength)
+    covariance = shrunk(stats.moments.covariance, stats, strength)
+    transform, variances = karhunen_loeve(metric, covariance)
+    return SightRows(stats, options, centre(stats.moments.mean).then(transform), variances)
 
 
 def build(
     side: Side, stats: SideStats, budget: Budget, options: Mapping[str, Option]
 ) -> tuple[Placement, ...]:
-    codebook = CODEBOOKS[choice("codebook", options["codebook"], CODEBOOKS)]
-    scales = choice("scales", options["scales"], ("fitted", "static"))
-    strength = float(options["shrink"])
-    if not 0 <= strength <= 1:
-        raise KVSightError(
-            f"sight option 'shrink' is a share from 0 to 1; got {strength:g}. Default: 0.001."
-        )
-    metric = shrunk(stats.metric if options["metric"] else None, stats, strength)
-    covariance = shrunk(stats.moments.covariance, stats, strength)
-    transform, variances = karhunen_loeve(metric, covariance)
-    transform = centre(stats.moments.mean).then(transform)
-    distortion = [1.0, *(codebook(bits).distortion for bits in range(1, MAX_WIDTH + 1))]
-    rows = share_bytes(variances, row_bytes(stats, budget), distortion)
-    widths = [
-        reverse_water_fill(variances[head], 8 * rows[head], distortion) for head in range(stats.heads)
-    ]
-    placements: list[Placement] = []
-    for shared in dict.fromkeys(widths):
-        heads = [head for head, own in enumerate(widths) if own == shared]
-        quantizer = row_quantizer(shared, codebook)
-        mine = transform.heads(heads)
-        if scales == "fitted":
-            sample = mine.forward(stats.sample[heads].double())
-            mine = mine.then(scale(fitted_stretch(quantizer, sample)))
-        placements.append(Placement(tuple(heads), Codec("sight", mine, quantizer)))
-    return tuple(placements)
+    """The layer's own best use of the budget."""
+    fitted = rows(side, stats, options)
+    return fitted.place(share_bytes(fitted.variances, row_bytes(stats, budget), distortion(options)))
+
+
+def distortion(options: Mapping[str, Option]) -> list[float]:
+    """D(0), D(1), ... of the chosen codebook for a coordinate of unit variance."""
+    codebook = _SHAPES[str(options["codebook"])]
+    return [1.0, *(codebook(bits).distortion for bits in range(1, MAX_WIDTH + 1))]
 
 
 def row_bytes(stats: SideStats, budget: Budget) -> int:
@@ -61,18 +167,30 @@ def row_bytes(stats: SideStats, budget: Budget) -> int:
     return min(total, stats.heads * (stats.dim * MAX_WIDTH // 8))
 
 
-def choice(option: str, value: Option, allowed: Iterable[str]) -> str:
-    """The value of an option that takes one of a few words."""
+def check(options: Mapping[str, Option]) -> None:
+    """Raise for a word or a share that the options do not allow."""
+    choice("codebook", options["codebook"], _SHAPES)
+    choice("scales", options["scales"], ("fitted", "static"))
+    choice("metric", options["metric"], METRICS)
+    strength = float(options["shrink"])
+    if not 0 <= strength <= 1:
+        raise KVSightError(
+            f"sight option 'shrink' is a share from 0 to 1; got {strength:g}. Default: 0.001."
+        )
+
+
+def choice(option: str, value: Option, allowed: Iterable[str]) -> None:
+    """Raise unless the value is one of a few words."""
     if value not in tuple(allowed):
         raise KVSightError(f"sight option {option!r} is one of {', '.join(allowed)}; got {value!r}.")
-    return str(value)
 
 
 METHOD = Method(
     "sight",
-    "query-aware transform coding: bits by reverse water-filling, static scales, no metadata",
+    "output-aware transform coding: bits by reverse water-filling, static scales, no metadata",
     "kvsight, docs/design.md",
     build,
-    {"codebook": "gaussian", "scales": "fitted", "metric": True, "shrink": 0.001},
-    fine=True,
+    {"codebook": "fitted", "scales": "fitted", "metric": "output", "shrink": 0.001},
+    rows=rows,
+    allocate="measured",
 )

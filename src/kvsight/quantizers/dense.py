@@ -1,5 +1,6 @@
 """Plain numbers: the identity quantizer, and the exact tokens of windows and sinks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,4 +29,8 @@ class DenseQuantizer:
 
     def to(self, device: torch.device | str) -> Self:
         """Itself: there are no static tensors to move."""
+        return self
+
+    def heads(self, index: Sequence[int]) -> Self:
+        """Itself: all heads share it."""
         return self

@@ -4,7 +4,7 @@ Sources: Max 1960, Lloyd 1982; TurboQuant (arXiv 2504.19874), Alg. 1, for the sp
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Self
@@ -157,6 +157,10 @@ class RowQuantizer:
     def to(self, device: torch.device | str) -> Self:
         return replace(self, levels=self.levels.to(device), starts=self.starts.to(device))
 
+    def heads(self, index: Sequence[int]) -> Self:
+        """The quantizer of a subset of heads; shared tables stay shared."""
+        return self if self.starts.shape[0] == 1 else replace(self, starts=self.starts[list(index)])
+
     def rounded(self, y: Tensor) -> Tensor:
         """Stored coordinates [H, n, stored] at their nearest levels, without packing (or norm)."""
         index = self._nearest(y).long() + self.starts.unsqueeze(-2)
@@ -186,29 +190,153 @@ def row_quantizer(
     )
 
 
-# heavy tails want up to two and a half times the Gaussian range: a coarse search, then two halvings
-_STRETCH = (0.74, 1.0, 1.35, 1.82, 2.46)
-_REFINE = (0.928, 1.162, 0.963, 1.078)
+# Other text has larger vectors than the calibration's, and a clipped one costs far more than a coarse
+# one: fits count this share of the sample once more, this many times as large (docs/results.md).
+_TAIL_SHARE = 0.1
+_TAIL = 2.0
+# heavy tails want up to two and a half times the Gaussian range: a coarse search, then finer ones
+_STRETCH = tuple(0.5 * 1.16**i for i in range(13))
+_REFINE = ((0.928, 1.0, 1.077), (0.964, 1.0, 1.037), (0.982, 1.0, 1.018))
 
 
-def fitted_stretch(quantizer: RowQuantizer, y: Tensor) -> Tensor:
-    """Factors [H, d] by which to divide each coordinate of the sample y [H, n, d] for least squares.
+@dataclass(frozen=True, eq=False)
+class Stretches:
+    """What every coordinate of a sample wants at every width 0..8.
 
-    Unstored coordinates and empty samples keep factor one.
+    ``factors`` [H, d, 9] is what to divide it by before coding, for the least squared error;
+    ``errors`` [H, d, 9] is the mean squared error then, about D(b) for a coordinate of unit variance.
     """
-    stored = quantizer.format.stored
-    factors = torch.ones(y.shape[0], y.shape[2], dtype=torch.float64)
-    if not y.numel():
-        return factors
-    y = y[..., :stored].float()
-    best, least = torch.ones(y.shape[0], stored), torch.full((y.shape[0], stored), torch.inf)
-    for trials in (_STRETCH, _REFINE[:2], _REFINE[2:]):
-        centre = best if trials is not _STRETCH else torch.ones_like(best)
-        for trial in trials:
-            stretch = centre * trial
-            step = stretch.unsqueeze(-2)
-            error = (quantizer.rounded(y / step) * step - y).square().mean(dim=1)
-            best = torch.where(error < least, stretch, best)
-            least = torch.minimum(error, least)
-    factors[:, :stored] = best.double()
-    return factors
+
+    factors: Tensor
+    errors: Tensor
+
+    def of(self, widths: Sequence[int], heads: Sequence[int]) -> Tensor:
+        """Factors [len(heads), d] for coordinates of these widths; one where nothing is stored."""
+        index = torch.tensor(widths, device=self.factors.device)
+        return self.factors[list(heads)][:, torch.arange(len(widths)), index]
+
+
+def fitted_stretches(
+    y: Tensor,
+    codebook: Callable[[int], Codebook],
+    weights: Tensor | None = None,
+    judges: Tensor | None = None,
+) -> Stretches:
+    """Stretches of a sample y [H, n, d] of unit-variance coordinates.
+
+    ``weights`` [H, n] say how much each token's error counts in the fit, ``judges`` [H, n] in ``errors``.
+    An empty sample keeps factor one and the codebook's own distortion.
+    """
+    heads, count, dim = y.shape
+    books = [codebook(width) for width in range(1, MAX_WIDTH + 1)]
+    factors = torch.ones(heads, dim, MAX_WIDTH + 1, dtype=torch.float64)
+    errors = torch.tensor([1.0, *(book.distortion for book in books)], dtype=torch.float64)
+    errors = errors.expand(heads, dim, -1).clone()
+    if not count:
+        return Stretches(factors, errors)
+    sample = _SortedSample.of(y, weights)
+    judge = sample if judges is None else _SortedSample.of(y, judges)
+    total, energy = judge.sums[:, 0, -1], judge.sums[:, 2, -1]
+    errors[..., 0] = (energy / total).view(heads, dim)
+    silent = (energy <= 0).unsqueeze(-1)
+    for width, book in enumerate(books, start=1):
+        levels = torch.tensor(book.levels, dtype=torch.float64)
+        best = torch.ones(heads * dim, 1, dtype=torch.float64)
+        for trials in (_STRETCH, *_REFINE):
+            tried = best * torch.tensor(trials, dtype=torch.float64)
+            risks = sample.risk(tried.unsqueeze(-1) * levels)
+            best = tried.gather(-1, risks.argmin(-1, keepdim=True))
+        best = torch.where(silent, torch.ones_like(best), best)
+        factors[..., width] = best.view(heads, dim)
+        errors[..., width] = (judge.error((best * levels).unsqueeze(1)).squeeze(-1) / total).view(
+            heads, dim
+        )
+    return Stretches(factors, errors)
+
+
+# a level moves as if this many tokens more already sat on it, so that rare levels stay put
+_PRIOR = 20
+_LLOYD = 15
+# finer codebooks have more levels than a sample can place, and little to gain
+_OWN_WIDTH = 5
+
+
+def fitted_levels(quantizer: RowQuantizer, y: Tensor, weights: Tensor | None = None) -> RowQuantizer:
+    """Codebooks of their own for every head and coordinate: Lloyd's iteration on the sample y [H, n, d].
+
+    It starts from the quantizer's levels, so y should be stretched to them first (``fitted_stretches``).
+    """
+    widths = quantizer.format.widths[: quantizer.format.stored]
+    heads, count = y.shape[0], y.shape[1]
+    if not y.numel() or not widths:
+        return quantizer
+    if weights is not None:
+        weights = weights / weights.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    shared = quantizer.starts.long().expand(heads, -1)
+    sizes = torch.tensor([2**w for w in widths])
+    own = sizes.cumsum(0) - sizes
+    starts = own + sizes.sum() * torch.arange(heads).unsqueeze(-1)
+    levels = torch.empty(heads * int(sizes.sum()), dtype=torch.float64)
+    prior = min(_PRIOR, count)
+    for width in sorted(set(widths)):
+        columns = [i for i, w in enumerate(widths) if w == width]
+        sample = _SortedSample.of(y[..., columns], weights)
+        span = torch.arange(2**width)
+        table = quantizer.levels.double()[shared[:, columns, None] + span].flatten(0, 1)
+        for _ in range(_LLOYD if width <= _OWN_WIDTH else 0):
+            table = sample.centroids(table, prior)
+        levels[starts[:, columns, None] + span] = table.view(heads, len(columns), -1)
+    return RowQuantizer(quantizer.format, levels.float(), starts.int())
+
+
+@dataclass(frozen=True, eq=False)
+class _SortedSample:
+    """Coordinates [C, n] in order, and running sums of weight, first and second moment [C, 3, n + 1].
+
+    The squared error of any codebook is then exact from its edges alone, without touching the sample.
+    """
+
+    values: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, y: Tensor, weights: Tensor | None) -> Self:
+        """From a sample [H, n, c] and weights [H, n]; C = H·c, heads first."""
+        heads, count, columns = y.shape
+        flat = y.double().mT.reshape(heads * columns, count).contiguous()
+        values, order = flat.sort(dim=-1)
+        weight = torch.ones_like(values)
+        if weights is not None:
+            every = weights.to(values).unsqueeze(1).expand(-1, columns, -1)
+            weight = every.reshape(heads * columns, count).gather(-1, order)
+        powers = torch.stack([weight, weight * values, weight * values.square()], dim=1)
+        return cls(values, torch.nn.functional.pad(powers.cumsum(-1), (1, 0)))
+
+    def cells(self, levels: Tensor) -> Tensor:
+        """Weight, first and second moment of what falls to each level, [C, 3, T, K].
+
+        ``levels`` [C, T, K] are T codebooks for every coordinate.
+        """
+        edges = (levels[..., 1:] + levels[..., :-1]) / 2
+        inner = torch.searchsorted(self.values, edges.flatten(1).contiguous()).view(edges.shape)
+        bounds = torch.nn.functional.pad(inner, (1, 0))
+        bounds = torch.nn.functional.pad(bounds, (0, 1), value=self.values.shape[-1])
+        found = self.sums.gather(-1, bounds.flatten(1).unsqueeze(1).expand(-1, 3, -1))
+        cells: Tensor = found.unflatten(-1, bounds.shape[1:]).diff(dim=-1)
+        return cells
+
+    def error(self, levels: Tensor) -> Tensor:
+        """Weighted sum of squared errors at the nearest of ascending levels [C, T, K], [C, T]."""
+        weight, first, second = self.cells(levels).unbind(1)
+        return (second - 2 * levels * first + levels.square() * weight).sum(-1)
+
+    def risk(self, levels: Tensor) -> Tensor:
+        """``error`` of the sample and of its tail (see ``_TAIL_SHARE``), [C, T]."""
+        return self.error(levels) + _TAIL_SHARE * _TAIL**2 * self.error(levels / _TAIL)
+
+    def centroids(self, levels: Tensor, prior: float) -> Tensor:
+        """Where each of the levels [C, K] has the least risk, given what is nearest to it now."""
+        near, far = (self.cells((levels / reach).unsqueeze(1)).squeeze(2) for reach in (1.0, _TAIL))
+        weight = near[:, 0] + _TAIL_SHARE * far[:, 0] + prior
+        first = near[:, 1] + _TAIL_SHARE * _TAIL * far[:, 1] + prior * levels
+        return first / weight

@@ -4,6 +4,7 @@ code = round((x - min) / scale), scale = (max - min) / (2^b - 1), x̂ = code · 
 minimum are rounded to fp16 *before* the codes are chosen, so the codes fit what is stored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -46,6 +47,10 @@ class GroupedQuantizer:
 
     def to(self, device: torch.device | str) -> Self:
         """Itself: there are no static tensors to move."""
+        return self
+
+    def heads(self, index: Sequence[int]) -> Self:
+        """Itself: all heads share it."""
         return self
 
 

@@ -79,8 +79,8 @@ def _placement_laws(
         spent += count * budget.cost(codec.format) / stats.heads
     hold("budget", spent <= bits + 1e-9, f"{method.name} stores {spent} bits of {bits}")
     least = min(bits, 8.0) - 8 / (stats.heads * stats.dim)
-    full = not method.fine or spent >= least - 1e-9
-    hold("budget", full, f"{method.name} is fine-grained but stores only {spent} bits of {bits}")
+    full = method.rows is None or spent >= least - 1e-9
+    hold("budget", full, f"{method.name} takes any row size but stores only {spent} bits of {bits}")
 
 
 def _equal(a: tuple[Placement, ...], b: tuple[Placement, ...]) -> bool:
