@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from kvsight.methods import get as method_info
     from kvsight.methods import names as methods
     from kvsight.plan import Plan as Plan
+    from kvsight.request import Constraints as Constraints
 
 __version__ = "0.1.0"
-__all__ = ["PackedCache", "Plan", "enable", "evaluate", "fit", "method_info", "methods"]
+__all__ = ["Constraints", "PackedCache", "Plan", "enable", "evaluate", "fit", "method_info", "methods"]
 
 _PUBLIC = {
     "Plan": ("kvsight.plan", "Plan"),
@@ -24,6 +25,7 @@ _PUBLIC = {
     "evaluate": ("kvsight.eval.quality", "evaluate"),
     "fit": ("kvsight.fit", "fit"),
     "methods": ("kvsight.methods", "names"),
+    "Constraints": ("kvsight.request", "Constraints"),
     "method_info": ("kvsight.methods", "get"),
 }
 

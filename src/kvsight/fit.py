@@ -1,42 +1,50 @@
-"""Calibrate a plan: observe the model, summarise, let a method place codecs under the budget."""
+"""Calibrate a plan: observe the model, summarise, place codecs under the budget, try what is open."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import kvsight
-from kvsight.codec import Placement
 from kvsight.errors import KVSightError
 from kvsight.fingerprint import fingerprint
 from kvsight.methods import get
-from kvsight.methods.base import Budget
-from kvsight.plan import SIDES, LayerPlan, Plan, Side
-from kvsight.retention import Retention
-from kvsight.stats import LayerStats, Stats
+from kvsight.plan import SIDES, LayerPlan, Plan
+from kvsight.request import Constraints, Request, check, make_request, one_of
+from kvsight.spend import Prepared, canonical, prepare, spend
+from kvsight.stats import Stats, doubts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvsight.probe import Probe
     from kvsight.trace import Progress
 
-MAX_BITS = 16.0
+__all__ = ["Constraints", "Request", "fit", "make_request", "plan_from_stats", "prepare_from_stats"]
 
+MakePlan = Callable[..., Plan]
 
-@dataclass(frozen=True)
-class Request:
-    """What a user asks of ``fit``: a method and a budget for each side, and what stays exact."""
+GRADIENT_TOKENS = 16_384
+PROPAGATIONS = ("gradient", "perturbation", "none")
 
-    methods: Mapping[Side, str]
-    bits: Mapping[Side, float | None]
-    options: Mapping[str, object]
-    sinks: int = 0
-    window: int = 0
-    reference_length: int = 1024
+# Numbers of first tokens that an allocation may buy, and windows on which it tries them. The first token
+# has no context: its vectors are unlike all others, and one window in a few is ruined without it.
+_SINKS = (1, 4)
+_TRIALS = 2
+# more sinks are bought only where they are worth more than the noise of a few windows
+_CLEAR = 0.98
+# the search for the smallest plan stops at this many bits
+_BITS_STEP = 0.02
+_HIGHEST_BITS = 8.0
+
+_log = logging.getLogger("kvsight")
 
 
 def fit(  # noqa: PLR0913
@@ -46,9 +54,15 @@ def fit(  # noqa: PLR0913
     bits: float | None = None,
     key_bits: float | None = None,
     value_bits: float | None = None,
+    bytes: float | None = None,
+    max_kl: float | None = None,
+    validation: Iterable[Tensor] | None = None,
     method: str | Mapping[str, str] = "sight",
     options: Mapping[str, object] | None = None,
-    sinks: int = 0,
+    allocate: str | None = None,
+    constraints: Constraints | None = None,
+    propagation: str = "gradient",
+    sinks: int | None = None,
     window: int = 0,
     reference_length: int = 1024,
     progress: "Progress | None" = None,
@@ -61,58 +75,60 @@ def fit(  # noqa: PLR0913
         batches: token ids, LongTensor [B, T] each.
         bits: ceiling of stored bits per cached element, metadata, sinks and window included.
         key_bits, value_bits: ceilings per side; a missing one defaults to ``bits``.
+        bytes: the budget as bytes per token of context, instead of ``bits``.
+        max_kl: instead of a budget, the final KL in nats per token that the smallest plan may cost on
+            ``validation`` (by default the last eighth of ``batches``, which is then not calibrated on).
         method: a name from ``kvsight.methods()``, or ``{"k": name, "v": name}``.
         options: settings of the method (``kvsight methods`` lists them).
-        sinks, window: first and last tokens kept exact.
+        allocate: how the budget is spent over layers, heads and sides: "measured" (by what each error
+            costs at the output), "uniform", "weight-norm", "weight-norm-spectral", "ratequant", "rdkv".
+            By default "measured" for ``sight`` and "uniform" for published methods.
+        constraints: what an allocation may not do.
+        propagation: how damage is followed to the output: "gradient", "perturbation" (forward passes
+            only) or "none".
+        sinks: first tokens kept exact; None is 1 or 4 within the budget for methods of single-token rows
+            under "measured", and 0 for everything else.
+        window: last tokens kept exact.
         reference_length: tokens at which the budget holds.
 
     Raises ``KVSightError`` for an unknown method, a budget that cannot be met, or bad token ids.
     """
-    from kvsight.trace import observe, summarise
+    request = make_request(
+        method, bits, key_bits=key_bits, value_bits=value_bits, options=options, allocate=allocate
+    )
+    request = replace(
+        request,
+        sinks=sinks,
+        window=window,
+        reference_length=reference_length,
+        bytes_per_token=bytes,
+        constraints=constraints or Constraints(),
+    )
+    one_of("propagation", propagation, PROPAGATIONS)
+    if max_kl is not None:
+        request = _open_ended(request, max_kl)
+    check(request)
+    if bytes is not None and (bits, key_bits, value_bits) != (None, None, None):
+        raise KVSightError("give the budget in bits or in bytes, not both.")
+    from kvsight.probe import Probe
 
-    request = make_request(method, bits, key_bits=key_bits, value_bits=value_bits, options=options)
-    request = replace(request, sinks=sinks, window=window, reference_length=reference_length)
-    _check(request)
-    source = _Hashing(batches)
-    stats = summarise(observe(model, source, progress=progress))
-    notes = {"calibration_sha256": source.digest(), "calibration_tokens": str(stats.tokens)}
-    return plan_from_stats(model, stats, request, {**notes, **(provenance or {})}, progress)
-
-
-def make_request(
-    method: str | Mapping[str, str],
-    bits: float | None = None,
-    *,
-    key_bits: float | None = None,
-    value_bits: float | None = None,
-    options: Mapping[str, object] | None = None,
-) -> Request:
-    """A request for one method or one per side; a budget per side defaults to ``bits``."""
-    names = {"k": method, "v": method} if isinstance(method, str) else dict(method)
-    if set(names) != {"k", "v"}:
-        raise KVSightError(f"method is a name or {{'k': name, 'v': name}}; got keys {sorted(names)}.")
-    limits: dict[Side, float | None] = {
-        "k": bits if key_bits is None else key_bits,
-        "v": bits if value_bits is None else value_bits,
-    }
-    return Request({"k": names["k"], "v": names["v"]}, limits, options or {})
-
-
-def _check(request: Request) -> None:
-    for side, name in request.methods.items():
-        get(name)
-        limit = request.bits[side]
-        if limit is None and name != "identity":
-            raise KVSightError(
-                "no budget: give bits= (--bits), or key_bits= and value_bits= (--key-bits, --value-bits)."
-            )
-        if limit is not None and not 0 < limit <= MAX_BITS:
-            raise KVSightError(f"bits must be above 0 and at most {MAX_BITS:g}; got {limit:g}.")
-    for name, count in (("sinks", request.sinks), ("window", request.window)):
-        if count < 0:
-            raise KVSightError(f"{name} counts tokens and cannot be negative; got {count}.")
-    if request.reference_length < 1:
-        raise KVSightError(f"reference_length must be positive; got {request.reference_length}.")
+    seen, held_out = _split(batches, validation, max_kl is not None)
+    stats = _stats(model, seen, request, propagation, progress)
+    notes = {"calibration_sha256": _digest(seen), "calibration_tokens": str(stats.tokens)}
+    if _calibrated(request):
+        notes |= {f"warning_{i}": text for i, text in enumerate(doubts(stats))}
+        for text in doubts(stats):
+            _log.warning("%s", text)
+    notes |= dict(provenance or {})
+    prepared = prepare_from_stats(model, stats, request, progress)
+    make = partial(plan_from_stats, model, stats, prepared=prepared)
+    if request.sinks is None:
+        request = _choose_sinks(
+            make, Probe(model, _spaced(seen, _TRIALS)), stats, request, max_kl, progress
+        )
+    if max_kl is None:
+        return make(request, notes, progress=progress)
+    return _smallest(make, Probe(model, held_out), request, notes, max_kl, progress)
 
 
 def plan_from_stats(
@@ -121,83 +137,194 @@ def plan_from_stats(
     request: Request,
     provenance: Mapping[str, str],
     progress: "Progress | None" = None,
+    prepared: Prepared | None = None,
 ) -> Plan:
-    """The part of ``fit`` after observation; many plans can share one ``Stats``."""
-    _check(request)
-    plain = set(request.methods.values()) == {"identity"}
-    dense = _dense_dtype(model.dtype, plain)
-    sides = [_place_side(stats, side, request, dense) for side in SIDES]
-    layers: list[LayerPlan] = []
-    for layer, key, value in zip(stats.layers, *sides, strict=True):
-        layers.append(LayerPlan(layer.index, layer.window, layer.key.heads, key, value))
-        if progress is not None:
-            progress("fit", len(layers), len(stats.layers))
+    """The part of ``fit`` after observation; many plans can share one ``Stats``.
+
+    Plans that differ in budget, sinks or constraints only can share what ``prepare_from_stats`` gave.
+    """
+    check(request)
+    dense = _dense_dtype(model, request)
+    if prepared is None:
+        prepared = prepare(stats, request, dense, progress)
+    spending = spend(stats, request, dense, prepared, progress)
+    placed = canonical(spending.placed, stats)
+    layers = tuple(
+        LayerPlan(layer.index, layer.window, layer.key.heads, placed[n, "k"], placed[n, "v"])
+        for n, layer in enumerate(stats.layers)
+    )
     one = request.methods["k"] == request.methods["v"]
     named = request.methods["k"] if one else {str(s): m for s, m in request.methods.items()}
+    rules = dict.fromkeys(request.rule(side) for side in SIDES)
+    notes = {f"note_{i}": n for i, n in enumerate(stats.notes)}
+    notes["allocate"] = ", ".join(rules)
+    if spending.predicted_kl is not None:
+        notes["predicted_kl"] = f"{spending.predicted_kl:.4g}"
     return Plan(
-        tuple(layers),
+        layers,
         named,
         dict(request.options),
-        request.sinks,
+        request.sinks or 0,
         request.window,
         dense,
         request.reference_length,
         fingerprint(model),
         json.loads(json.dumps(model.config.to_dict(), default=str)),
-        {**_versions(), **{f"note_{i}": n for i, n in enumerate(stats.notes)}, **provenance},
+        {**_versions(), **notes, **provenance},
     )
 
 
-def _dense_dtype(run: torch.dtype, plain: bool) -> torch.dtype:
+def prepare_from_stats(
+    model: "PreTrainedModel", stats: Stats, request: Request, progress: "Progress | None" = None
+) -> Prepared:
+    """What plans of these methods and options have in common: the curves of every layer and side."""
+    check(request)
+    return prepare(stats, request, _dense_dtype(model, request), progress)
+
+
+def _stats(
+    model: "PreTrainedModel",
+    batches: Sequence[Tensor],
+    request: Request,
+    propagation: str,
+    progress: "Progress | None",
+) -> Stats:
+    """Observe, with gradients where something is weighed by them."""
+    from kvsight.propagation import by_perturbation
+    from kvsight.trace import observe, summarise
+
+    rules = {request.rule(side) for side in SIDES}
+    weighed = bool(rules & {"measured", "ratequant"})
+    tokens = GRADIENT_TOKENS if _calibrated(request) and propagation == "gradient" else 0
+    stats = summarise(observe(model, batches, gradient_tokens=tokens, progress=progress))
+    missing = any(layer.key.damage is None for layer in stats.layers)
+    if not weighed or propagation == "none" or not missing:
+        return stats
+    bare = replace(request, methods={"k": "identity", "v": "identity"}, bits={"k": None, "v": None})
+    bare = replace(bare, allocate="uniform", options={}, constraints=Constraints(), bytes_per_token=None)
+    exact = plan_from_stats(model, stats, bare, {})
+    return by_perturbation(model, stats, _spaced(batches, 2), exact, progress)
+
+
+def _calibrated(request: Request) -> bool:
+    """Whether anything of the plan depends on the calibration's statistics."""
+    allocated = any(request.rule(side) != "uniform" for side in SIDES)
+    return allocated or any(get(name).rows is not None for name in request.methods.values())
+
+
+def _choose_sinks(
+    make: MakePlan,
+    probe: "Probe",
+    stats: Stats,
+    request: Request,
+    max_kl: float | None,
+    progress: "Progress | None",
+) -> Request:
+    """The number of exact first tokens that gives the least KL on calibration text at the same budget."""
+    full = any(layer.window is None for layer in stats.layers)
+    # codecs of token blocks keep what is left of a block exact: a sink would cost them most of one
+    rows = all(get(name).rows is not None for name in request.methods.values())
+    if any(request.rule(side) != "measured" for side in SIDES) or not full or not rows:
+        return replace(request, sinks=0)
+    trial = request
+    if max_kl is not None:
+        middle = max(3.0, request.constraints.min_head_bits + 1)
+        trial = replace(request, total_bits=middle, bits={"k": middle, "v": middle})
+    best = (math.inf, 0)
+    for done, count in enumerate(_SINKS, start=1):
+        try:
+            kl = probe.kl(make(replace(trial, sinks=count), {}))
+        except KVSightError:
+            # exact tokens may not fit into the budget; whether anything does is found out without them
+            break
+        if kl < _CLEAR * best[0]:
+            best = (kl, count)
+        if progress is not None:
+            progress("try sinks", done, len(_SINKS))
+    return replace(request, sinks=best[1])
+
+
+def _smallest(
+    make: MakePlan,
+    probe: "Probe",
+    request: Request,
+    notes: Mapping[str, str],
+    max_kl: float,
+    progress: "Progress | None",
+) -> Plan:
+    """Bisect the budget; the plan that is returned was read on the validation text."""
+
+    def attempt(bits: float) -> tuple[Plan, float]:
+        asked = replace(request, total_bits=bits, bits={"k": bits, "v": bits})
+        plan = make(asked, notes)
+        return plan, probe.kl(plan)
+
+    high = _HIGHEST_BITS
+    plan, kl = attempt(high)
+    if kl > max_kl:
+        raise KVSightError(
+            f"max_kl={max_kl:g} cannot be met: the largest plan ({plan.true_bits:.2f} bits) costs {kl:.3g} "
+            "nats per token on the validation text. Raise max_kl."
+        )
+    low, steps = 0.0, math.ceil(math.log2(_HIGHEST_BITS / _BITS_STEP))
+    for step in range(steps):
+        middle = (low + high) / 2
+        try:
+            found, reached = attempt(middle)
+        except KVSightError:
+            # below the cheapest feasible plan
+            low = middle
+        else:
+            if reached <= max_kl:
+                plan, kl, high = found, reached, middle
+            else:
+                low = middle
+        if progress is not None:
+            progress("search", step + 1, steps)
+    return replace(
+        plan, provenance={**plan.provenance, "max_kl": f"{max_kl:g}", "validation_kl": f"{kl:.4g}"}
+    )
+
+
+def _open_ended(request: Request, max_kl: float) -> Request:
+    """A request without a budget yet."""
+    if not max_kl > 0:
+        raise KVSightError(f"max_kl is in nats per token and above 0; got {max_kl:g}.")
+    if any(limit is not None for limit in (*request.bits.values(), request.bytes_per_token)):
+        raise KVSightError("give a budget (bits or bytes) or max_kl, not both.")
+    high = _HIGHEST_BITS
+    return replace(request, total_bits=high, bits={"k": high, "v": high})
+
+
+def _split(
+    batches: Iterable[Tensor], validation: Iterable[Tensor] | None, needed: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Batches to calibrate on and to validate on."""
+    seen = list(batches)
+    if not needed:
+        if validation is not None:
+            raise KVSightError("validation text is used to meet max_kl=; without it, leave validation out.")
+        return seen, []
+    if validation is not None:
+        return seen, list(validation)
+    if len(seen) < 2:
+        raise KVSightError(
+            "max_kl needs text that is not calibrated on: give validation=, or more batches."
+        )
+    held = max(1, len(seen) // 8)
+    return seen[:-held], seen[-held:]
+
+
+def _spaced(batches: Sequence[Tensor], count: int) -> list[Tensor]:
+    """``count`` batches from all over the text."""
+    count = min(count, len(batches))
+    return [batches[(2 * i + 1) * len(batches) // (2 * count)] for i in range(count)]
+
+
+def _dense_dtype(model: "PreTrainedModel", request: Request) -> torch.dtype:
     """Exact tokens are kept in 16 bits; a plan that only copies keeps the model's own numbers."""
-    return run if plain or run.itemsize <= 2 else torch.bfloat16
-
-
-def _place_side(
-    stats: Stats, side: Side, request: Request, dense: torch.dtype
-) -> Iterator[tuple[Placement, ...]]:
-    """The placements of one layer after another."""
-    method = get(request.methods[side])
-    options = method.with_defaults(_options_for(method.options, request))
-    limit = request.bits[side]
-    ceiling = 8.0 * dense.itemsize if limit is None else limit
-    budgets = _spread(stats, side, ceiling) if method.fine else [ceiling] * len(stats.layers)
-    for layer, bits in zip(stats.layers, budgets, strict=True):
-        retention = Retention(request.sinks, request.window, layer.window)
-        budget = Budget(bits, request.reference_length, retention, dense, ceiling)
-        placed = method.build(side, layer.side(side), budget, options)
-        yield tuple(_canonical(p) for p in placed)
-
-
-def _options_for(known: Mapping[str, object], request: Request) -> dict[str, object]:
-    """With two methods, each takes its own options; one that nobody knows is left to be refused."""
-    both = {name for m in request.methods.values() for name in get(m).options}
-    return {n: v for n, v in request.options.items() if n in known or n not in both}
-
-
-def _spread(stats: Stats, side: Side, bits: float) -> list[float]:
-    """Per-layer ceilings whose whole bytes add up to the side's budget."""
-    out: list[float] = []
-    due = given = 0.0
-    for layer in stats.layers:
-        size = _size(layer, side)
-        due += bits * size / 8
-        mine = int(due - given + 1e-9)
-        given += mine
-        out.append(8 * mine / size)
-    return out
-
-
-def _size(layer: LayerStats, side: Side) -> int:
-    summary = layer.side(side)
-    return summary.heads * summary.dim
-
-
-def _canonical(placement: Placement) -> Placement:
-    """Tensors as a file would give them back, so that a saved plan is the same plan."""
-    codec = placement.codec
-    transform = codec.transform.stored()
-    return Placement(placement.heads, replace(codec, transform=transform))
+    plain = set(request.methods.values()) == {"identity"}
+    return model.dtype if plain or model.dtype.itemsize <= 2 else torch.bfloat16
 
 
 def _versions() -> dict[str, str]:
@@ -207,22 +334,9 @@ def _versions() -> dict[str, str]:
     return {"kvsight": kvsight.__version__, **others}
 
 
-class _Hashing:
-    """Passes batches on and remembers a hash of their token ids."""
-
-    def __init__(self, batches: Iterable[Tensor]) -> None:
-        self._batches = batches
-        self._sha = hashlib.sha256()
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for ids in self._batches:
-            yield ids
-            # hashed when the next one is asked for: by then it was checked
-            self._sha.update(ids.to(torch.int64).cpu().contiguous().numpy().tobytes())
-
-    def __len__(self) -> int:
-        sized: Any = self._batches
-        return len(sized) if hasattr(sized, "__len__") else 0
-
-    def digest(self) -> str:
-        return self._sha.hexdigest()
+def _digest(batches: Iterable[Tensor]) -> str:
+    """sha256 of the token ids that were calibrated on."""
+    sha = hashlib.sha256()
+    for ids in batches:
+        sha.update(ids.to(torch.int64).cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()

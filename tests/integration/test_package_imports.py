@@ -14,15 +14,20 @@ ENGINES = {"transformers", "vllm"}
 # an import may only point to its own line or one above it
 ORDER = (
     ("errors", "packing", "retention", "atomic", "assets", "waterfill", "text", "console"),
+    ("projections", "allocate"),
     ("formats",),
     ("ops",),
     ("quantizers", "transforms", "stats", "distortion"),
+    ("drift",),
     ("codec",),
     ("methods",),
-    ("plan", "planfile", "fingerprint"),
-    ("cache",),
+    ("plan", "planfile", "fingerprint", "curves"),
+    ("rules",),
+    ("request",),
+    ("spend", "cache"),
     ("integrations",),
-    ("trace", "fit", "doctor"),
+    ("probe",),
+    ("trace", "propagation", "fit", "doctor"),
     ("eval", "testing"),
     ("cli", "__main__"),
 )
