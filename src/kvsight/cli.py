@@ -68,7 +68,39 @@ def fit_command(
         list[str] | None,
         typer.Option(help="Option of the method: name=value. Repeatable.", show_default=False),
     ] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept exact.")] = 0,
+    bytes_: Annotated[
+        float | None, typer.Option("--bytes", help="Budget in bytes per token, instead of bits.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Instead of a budget: the smallest plan within this KL.")
+    ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Text for --max-kl.", show_default="the last eighth of --text"),
+    ] = None,
+    allocate: Annotated[
+        str | None,
+        typer.Option(
+            help="measured, uniform, weight-norm, weight-norm-spectral, ratequant or rdkv.",
+            show_default="measured for sight, else uniform",
+        ),
+    ] = None,
+    propagation: Annotated[
+        str, typer.Option(help="How damage is followed to the output: gradient, perturbation, none.")
+    ] = "gradient",
+    min_head_bits: Annotated[float, typer.Option(help="Least bits of any head.")] = 0.0,
+    rows: Annotated[
+        str, typer.Option(help="free; heads or layers: row sizes that must be equal.")
+    ] = "free",
+    format_: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Allow this format (row, grouped, dense). Repeatable."),
+    ] = None,
+    protect: Annotated[list[int] | None, typer.Option(help="Keep this layer exact. Repeatable.")] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(min=0, help="First tokens kept exact.", show_default="chosen within the budget"),
+    ] = None,
     window: Annotated[int, typer.Option(min=0, help="Last tokens kept exact.")] = 0,
     text: TextOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibrate on this many at most.")] = 65_536,
@@ -78,11 +110,12 @@ def fit_command(
     json: JsonOption = None,
 ) -> None:
     """Fit a plan to a model: which codec where, within a budget of stored bits."""
-    from kvsight.fit import fit
+    from kvsight.fit import Constraints, fit
     from kvsight.methods import get
 
     options = parse_options(option or ())
     named = parse_method(method)
+    limits = Constraints(min_head_bits, rows, tuple(format_) if format_ else None, tuple(protect or ()))
     for name in {named} if isinstance(named, str) else set(named.values()):
         get(name)  # a typing error should not cost the loading of a model
     if output.exists() and not (output / "plan.json").is_file():
@@ -90,14 +123,23 @@ def fit_command(
     with progress() as update:
         network, tokenizer = _load(model or "", update, device, dtype)
         ids = _windows(tokenizer, text, "calibration", length, max(1, tokens // length))
+        judge = None
+        if validation is not None:
+            judge = _windows(tokenizer, validation, "evaluation", length, 8).split(1)
         plan = fit(
             network,
             ids.split(1),
             bits=bits,
             key_bits=key_bits,
             value_bits=value_bits,
+            bytes=bytes_,
+            max_kl=max_kl,
+            validation=judge,
             method=named,
             options=options,
+            allocate=allocate,
+            constraints=limits,
+            propagation=propagation,
             sinks=sinks,
             window=window,
             progress=update,
@@ -145,6 +187,10 @@ def eval_command(
         "same top token": result.same_top,
     }
     rows = [(name, f"{figure.mean:.5g}", _interval(figure)) for name, figure in figures.items()]
+    if result.drift is not None:
+        verdict = "unlike calibration" if result.drift.beyond else "like calibration"
+        verdict = verdict if result.drift.clear else "too few tokens"
+        rows.append(("drift (nats per coordinate)", f"{result.drift.mean:.3g}", verdict))
     sides = f"K {result.key_bits:.3f}, V {result.value_bits:.3f}"
     ratio = f"{result.baseline_bytes / result.cache_bytes:.2f} times smaller"
     rows += [
@@ -286,6 +332,15 @@ def parse_options(pairs: Iterable[str]) -> dict[str, str]:
             raise KVSightError(f"--option {name} is given twice; give it once.")
         options[name] = value
     return options
+
+
+@app.callback()
+def set_up() -> None:
+    """Compress the KV cache of a transformer by what attention actually sees."""
+    import logging
+
+    # warnings of the library look like its other messages
+    logging.basicConfig(format="kvsight: %(message)s")
 
 
 def main() -> None:

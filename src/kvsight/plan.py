@@ -133,7 +133,7 @@ class Plan:
             for row in _ledger_rows(self, layer, side, placement)
         )
         static = sum(
-            placement.codec.static_nbytes
+            placement.static_nbytes
             for layer in self.layers
             for side in SIDES
             for placement in layer.side(side)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvsight.codec import Codec, Placement, Quantizer
+from kvsight.drift import Assumed
 from kvsight.errors import KVSightError
 from kvsight.formats import (
     Dense,
@@ -156,6 +157,8 @@ def _tensors(plan: Plan) -> dict[str, Tensor]:
                 tables = placement.codec.quantizer.tables
                 named = {"shift": transform.shift, "matrix": transform.matrix}
                 named |= dict(zip(("levels", "starts"), tables, strict=False))
+                if placement.assumed is not None:
+                    named |= {"mean": placement.assumed.mean, "variance": placement.assumed.variance}
                 prefix = f"{layer.index}.{side}.{i}"
                 kept = {f"{prefix}.{n}": t for n, t in named.items() if t is not None}
                 # copies of their own: a file takes no views and no two names for one tensor
@@ -192,7 +195,10 @@ def _placement(entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tens
     form = format_from_spec(entry["format"])
     transform = _transform(form.dim, tensors.get(f"{prefix}.shift"), tensors.get(f"{prefix}.matrix"))
     codec = Codec(entry["codec"], transform, _quantizer(form, prefix, tensors))
-    return Placement(tuple(entry["heads"]), codec)
+    # plans of 0.1 did not say what they assumed
+    mean, variance = tensors.get(f"{prefix}.mean"), tensors.get(f"{prefix}.variance")
+    assumed = None if mean is None or variance is None else Assumed(mean, variance)
+    return Placement(tuple(entry["heads"]), codec, assumed)
 
 
 def _transform(dim: int, shift: Tensor | None, matrix: Tensor | None) -> Transform:

@@ -4,18 +4,18 @@ from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvsight.cache.monitor import Monitor
+from kvsight.drift import Drift
 from kvsight.errors import KVSightError
 from kvsight.eval.intervals import Estimate, mean_interval, perplexity_interval
 from kvsight.fingerprint import check_model
 from kvsight.integrations.hf import PackedCache, enable
 from kvsight.plan import Plan
+from kvsight.probe import log_rows, read
 from kvsight.trace import Progress, check_ids
-
-_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Window:
 class Result:
     """What a plan costs on a text. Intervals (95 %) are over windows; windows are kept for pairing.
 
+    ``drift`` is how far the text is from the calibration, where the plan knows.
     ``cache_bytes`` was measured on the cache; ``baseline_bytes`` is a 16-bit cache of the same tokens.
     """
 
@@ -47,6 +48,7 @@ class Result:
     baseline_perplexity: Estimate
     same_top: Estimate
     windows: tuple[Window, ...]
+    drift: Drift | None = None
 
     def to_json(self) -> dict[str, Any]:
         plain = {
@@ -65,7 +67,9 @@ class Result:
             key: getattr(self, key).to_json()
             for key in ("kl", "perplexity", "baseline_perplexity", "same_top")
         }
-        return {**plain, **estimates, "windows": [vars(window) for window in self.windows]}
+        drift = None if self.drift is None else {**vars(self.drift), "beyond": self.drift.beyond}
+        windows = [vars(window) for window in self.windows]
+        return {**plain, **estimates, "drift": drift, "windows": windows}
 
 
 def evaluate(
@@ -87,17 +91,20 @@ def evaluate(
     total = len(batches) if isinstance(batches, Sized) else 0
     windows: list[Window] = []
     tokens = cache_bytes = baseline_bytes = 0
+    monitor = Monitor(plan)
     with enable(model):
         for done, ids in enumerate(batches, start=1):
             ids = check_ids(ids, model).to(model.device)
             if ids.shape[1] < 2:
                 raise KVSightError(f"a window needs at least 2 tokens; got {ids.shape[1]}.")
             cache = PackedCache(plan, model.config)
-            reference = _logits(model, ids, None)
-            coded = _logits(model, ids, cache)
+            reference = read(model, ids, None)
+            coded = read(model, ids, cache)
             windows += [_compare(*triple) for triple in zip(ids, reference, coded, strict=True)]
             tokens += ids.numel()
             cache_bytes += _checked_bytes(cache, plan, ids)
+            if cache.monitor is not None:
+                monitor.merge(cache.monitor)
             baseline_bytes += 2 * plan.elements(ids.shape[1], ids.shape[0])
             if progress is not None:
                 progress("evaluate", done, total)
@@ -116,13 +123,8 @@ def evaluate(
         perplexity_interval([w.baseline_loss for w in windows]),
         mean_interval([w.same_top for w in windows], least=0.0, most=1.0),
         tuple(windows),
+        monitor.drift(),
     )
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, cache: PackedCache | None) -> Tensor:
-    with torch.inference_mode():
-        out: Tensor = model(ids, past_key_values=cache, use_cache=cache is not None).logits
-    return out
 
 
 def _checked_bytes(cache: PackedCache, plan: Plan, ids: Tensor) -> int:
@@ -138,13 +140,10 @@ def _checked_bytes(cache: PackedCache, plan: Plan, ids: Tensor) -> int:
 def _compare(ids: Tensor, reference: Tensor, coded: Tensor) -> Window:
     kl = same = loss = baseline = 0.0
     count = len(ids)
-    for start in range(0, count, _ROWS):
-        rows = slice(start, start + _ROWS)
-        p = torch.log_softmax(reference[rows].double(), dim=-1)
-        q = torch.log_softmax(coded[rows].double(), dim=-1)
+    for (rows, p), (_, q) in zip(log_rows(reference), log_rows(coded), strict=True):
         kl += float((p.exp() * (p - q)).sum())
         same += float((p.argmax(-1) == q.argmax(-1)).sum())
-        target = ids[start + 1 : start + 1 + len(p)]
+        target = ids[rows.start + 1 : rows.start + 1 + len(p)]
         index = target.unsqueeze(-1)
         baseline -= float(p[: len(target)].gather(-1, index).sum())
         loss -= float(q[: len(target)].gather(-1, index).sum())

@@ -21,8 +21,10 @@ from transformers.cache_utils import (
 
 from kvsight.atomic import replace_file
 from kvsight.cache import side as sides
+from kvsight.cache.monitor import Monitor, monitored
 from kvsight.cache.packed import PackedKV, Reads
 from kvsight.cache.side import SideState
+from kvsight.drift import Drift
 from kvsight.errors import KVSightError
 from kvsight.fingerprint import check_model, fingerprint
 from kvsight.integrations.attention import (
@@ -45,9 +47,17 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, plan: Plan, layer: LayerPlan, reads: Reads, raw_prefill: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        layer: LayerPlan,
+        reads: Reads,
+        raw_prefill: bool,
+        monitor: Monitor | None = None,
+    ) -> None:
         super().__init__()
         self.plan, self.layer, self.reads, self.raw_prefill = plan, layer, reads, raw_prefill
+        self.monitor = monitor
         self.key_state: SideState | None = None
         self.value_state: SideState | None = None
         self.cumulative_length = 0
@@ -70,6 +80,8 @@ class PackedLayer(CacheLayerMixin):
         before = self.key_state, self.value_state
         key = sides.append(self.key_state, key_states)
         value = sides.append(self.value_state, value_states)
+        if self.monitor is not None and key_states.shape[2] > 1:
+            self._look(self.monitor, key_states, value_states)
         self.cumulative_length += key_states.shape[2]
         self.key_state, self.value_state = self._retain(key), self._retain(value)
         if self.raw_prefill and key_states.shape[2] > 1:
@@ -82,6 +94,15 @@ class PackedLayer(CacheLayerMixin):
             self._handle(sides.segments(key, last), key_states),
             self._handle(sides.segments(value, last), value_states),
         )
+
+    def _look(self, monitor: Monitor, key_states: Tensor, value_states: Tensor) -> None:
+        assert self.key_state is not None and self.value_state is not None
+        # the states hold the placements where the tensors are
+        placed = self.key_state.placements, self.value_state.placements
+        monitor.look(self.layer, "k", placed[0], key_states, self.cumulative_length)
+        monitor.look(self.layer, "v", placed[1], value_states, self.cumulative_length)
+        if self.layer.index == self.plan.layers[-1].index:
+            monitor.say()
 
     def _segments(self, state: SideState) -> tuple[Segment, ...]:
         return sides.segments(state) if state.visible else ()
@@ -156,8 +177,15 @@ class PackedSlidingLayer(PackedLayer):
 
     is_sliding = True
 
-    def __init__(self, plan: Plan, layer: LayerPlan, reads: Reads, raw_prefill: bool) -> None:
-        super().__init__(plan, layer, reads, raw_prefill)
+    def __init__(
+        self,
+        plan: Plan,
+        layer: LayerPlan,
+        reads: Reads,
+        raw_prefill: bool,
+        monitor: Monitor | None = None,
+    ) -> None:
+        super().__init__(plan, layer, reads, raw_prefill, monitor)
         assert layer.window is not None
         self.sliding_window = layer.window
         self.record_past = False
@@ -203,18 +231,26 @@ class PackedCache(Cache):
         prefill: "packed" (default) lets every query read coded keys and values, so that one forward
             pass measures the cache; "raw" lets the tokens of one call of more than one token see each
             other uncompressed, as most serving engines do.
+        monitor: compare some of the tokens of every call of more than one with the calibration, and log
+            a warning when they are unlike it; ``drift`` has the figures.
 
     ``model.generate(ids, past_key_values=PackedCache(plan))`` works as it is; inside
     ``kvsight.enable(model)`` attention runs on the codes.
     """
 
     def __init__(
-        self, plan: Plan, config: PreTrainedConfig | None = None, *, prefill: str = "packed"
+        self,
+        plan: Plan,
+        config: PreTrainedConfig | None = None,
+        *,
+        prefill: str = "packed",
+        monitor: bool = True,
     ) -> None:
         if prefill not in ("packed", "raw"):
             raise KVSightError(f"prefill is 'packed' or 'raw'; got {prefill!r}.")
         self.plan, self.prefill = plan, prefill
         self.reads = Reads(plan)
+        self.monitor = monitored(plan, monitor)
         planned = {layer.index: layer for layer in plan.layers}
         template = DynamicCache(config=config_of(plan) if config is None else config).layers
         if not template or max(planned, default=0) >= len(template):
@@ -236,7 +272,7 @@ class PackedCache(Cache):
                 f"layer {layer.index} is a {type(template).__name__}, which kvsight cannot pack. "
                 "Pass the config of the model that the plan was fitted to."
             )
-        return packed(self.plan, layer, self.reads, self.prefill == "raw")
+        return packed(self.plan, layer, self.reads, self.prefill == "raw", self.monitor)
 
     def _packed_layers(self) -> Iterator[PackedLayer]:
         return (layer for layer in self.layers if isinstance(layer, PackedLayer))
@@ -245,6 +281,11 @@ class PackedCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated for cached tokens: codes, scales, norms, sinks, window and pending ones."""
         return sum(layer.nbytes for layer in self._packed_layers())
+
+    @property
+    def drift(self) -> Drift | None:
+        """How far the cached text is from the calibration; None if nothing was looked at yet."""
+        return None if self.monitor is None else self.monitor.drift()
 
     def save(self, path: str | Path) -> None:
         """Write the cache's tokens to one safetensors file; ``load`` needs the same plan."""
