@@ -30,10 +30,11 @@ from transformers.cache_utils import DynamicLayer
 from kvsight import assets
 from kvsight.errors import KVSightError
 from kvsight.eval.intervals import mean_interval
-from kvsight.eval.quality import Window, _compare, _logits, evaluate
+from kvsight.eval.quality import Window, _compare, evaluate
 from kvsight.fit import make_request, plan_from_stats
 from kvsight.integrations.loading import load_model
 from kvsight.plan import Plan
+from kvsight.probe import read
 from kvsight.stats import Stats
 from kvsight.text import read_text, windows
 from kvsight.trace import observe, summarise
@@ -238,7 +239,7 @@ def measure_stock(model: PreTrainedModel, batches: Sequence[Tensor], backend: st
     for ids in batches:
         ids = ids.to(model.device)
         stock = stock_cache(model, backend, pair)
-        coded, plain = _logits(model, ids, stock), _logits(model, ids, None)
+        coded, plain = read(model, ids, stock), read(model, ids, None)
         found += [_compare(*triple) for triple in zip(ids, plain, coded, strict=True)]
         layers += stock.layers
     both, key, value = (stored_bits(layers, sides, widest=2) for sides in ((0, 1), (0,), (1,)))

@@ -1,9 +1,12 @@
 """KL, perplexity and same-top-token of several methods at several budgets, on the same windows.
 
-Statistics are gathered once and shared by all plans, so every method sees the same calibration text.
+Statistics are gathered once and shared by all plans, so every method sees the same calibration text. A
+method may name its allocation: sight@ratequant. Budgets count everything; an allocated plan has one exact
+first token, as fit gives it by default.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +14,7 @@ from common import parser, write
 
 from kvsight import assets
 from kvsight.eval.quality import Result, evaluate
-from kvsight.fit import make_request, plan_from_stats
+from kvsight.fit import GRADIENT_TOKENS, make_request, plan_from_stats, prepare_from_stats
 from kvsight.integrations.loading import load_model
 from kvsight.text import read_text, windows
 from kvsight.trace import observe, summarise
@@ -25,17 +28,23 @@ def main() -> None:
     texts = [read_text(path) for path in files] or [assets.text("calibration")]
     share = options.tokens // 1024 // len(texts)
     ids = torch.cat([windows(tokenizer, text, 1024, share) for text in texts])
-    stats = summarise(observe(model, ids.split(2), progress=_progress))
+    stats = summarise(observe(model, ids.split(1), gradient_tokens=GRADIENT_TOKENS, progress=_progress))
     text = assets.text("evaluation") if options.text is None else read_text(options.text)
     batches = windows(tokenizer, text, 1024, options.windows).split(1)
     rows = []
     print("| method | true bits | KL (95 % interval) | perplexity | same top token | cache bytes |")
     print("|---|---|---|---|---|---|")
     for spec in options.methods.split(","):
-        method, *pairs = spec.split(":")
+        head, *pairs = spec.split(":")
+        method, _, rule = head.partition("@")
+        settings = dict(pair.split("=") for pair in pairs)
+        prepared = None
         for bits in map(float, options.bits.split(",")):
-            settings = dict(pair.split("=") for pair in pairs)
-            plan = plan_from_stats(model, stats, make_request(method, bits, options=settings), {})
+            request = make_request(method, bits, options=settings, allocate=rule or None)
+            request = replace(request, sinks=0 if request.rule("k") == "uniform" else 1)
+            if prepared is None:
+                prepared = prepare_from_stats(model, stats, request)
+            plan = plan_from_stats(model, stats, request, {}, prepared=prepared)
             result = evaluate(model, plan, batches)
             rows.append({"spec": spec, "asked_bits": bits, **result.to_json()})
             print(_row(spec, result), flush=True)
@@ -54,7 +63,9 @@ def _options() -> argparse.Namespace:
     out.add_argument("--tokens", type=int, default=65_536, help="calibration tokens")
     out.add_argument("--windows", type=int, default=6)
     out.add_argument("--bits", default="2,3,4")
-    out.add_argument("--methods", default="sight,kivi,turboquant,int", help="name[:option=value]...")
+    out.add_argument(
+        "--methods", default="sight,kivi,turboquant,int", help="name[@allocation][:option=value]..."
+    )
     out.add_argument("--device", default="cpu")
     return out.parse_args()
 
