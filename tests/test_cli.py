@@ -267,7 +267,7 @@ def test_sight_is_the_default_and_runs_through(folder):
         (("--bits", "3", "--option", "seed"), ("name=value", "'seed'")),
         (("--bits", "3", "--option", "a=1", "--option", "a=2"), ("a is given twice",)),
         (("--bits", "3", "--option", "nonsense=1", *QUICK), ("no option 'nonsense'",)),
-        (("--bits", "0.01", *QUICK), ("cannot meet", "smallest")),
+        (("--bits", "0.01", *QUICK), ("cannot be met", "cheapest")),
         (("--bits", "17", *QUICK), ("17",)),
         (("--bits", "nan", *QUICK), ("nan",)),
         (QUICK, ("budget",)),

@@ -120,6 +120,7 @@ def fit(  # noqa: PLR0913
         for text in doubts(stats):
             _log.warning("%s", text)
     notes |= dict(provenance or {})
+    request = _settled(request, stats)
     prepared = prepare_from_stats(model, stats, request, progress)
     make = partial(plan_from_stats, model, stats, prepared=prepared)
     if request.sinks is None:
@@ -144,6 +145,7 @@ def plan_from_stats(
     Plans that differ in budget, sinks or constraints only can share what ``prepare_from_stats`` gave.
     """
     check(request)
+    request = _settled(request, stats)
     dense = _dense_dtype(model, request)
     if prepared is None:
         prepared = prepare(stats, request, dense, progress)
@@ -179,6 +181,7 @@ def prepare_from_stats(
 ) -> Prepared:
     """What plans of these methods and options have in common: the curves of every layer and side."""
     check(request)
+    request = _settled(request, stats)
     return prepare(stats, request, _dense_dtype(model, request), progress)
 
 
@@ -204,6 +207,15 @@ def _stats(
     bare = replace(bare, allocate="uniform", options={}, constraints=Constraints(), bytes_per_token=None)
     exact = plan_from_stats(model, stats, bare, {})
     return by_perturbation(model, stats, _spaced(batches, 2), exact, progress)
+
+
+def _settled(request: Request, stats: Stats) -> Request:
+    """Without a common unit of damage, layers and sides cannot be weighed: all get the same bits."""
+    weighed = all(layer.side(side).damage is not None for layer in stats.layers for side in SIDES)
+    rules = {request.rule(side) for side in SIDES}
+    if weighed or "measured" not in rules or request.constraints != Constraints():
+        return request
+    return replace(request, allocate="uniform")
 
 
 def _calibrated(request: Request) -> bool:

@@ -30,7 +30,7 @@ KNOWN = "Available: identity, int, kivi, sight, turboquant."
         ),
         (
             {"bits": 3, "options": {"shrnk": 1}},
-            "sight has no option 'shrnk'; its options: codebook=gaussian",
+            "sight has no option 'shrnk'; its options: codebook=fitted",
         ),
         (
             {"bits": 5, "method": "kivi", "options": {"axis": "x"}},
@@ -58,7 +58,10 @@ KNOWN = "Available: identity, int, kivi, sight, turboquant."
         ({"bits": 3, "window": -7}, "window counts tokens and cannot be negative; got -7."),
         ({"bits": 3, "reference_length": 0}, "reference_length must be positive; got 0."),
         # below the smallest possible, for each method and for what exact tokens leave
-        ({"bits": 0.3}, "bits; its smallest row stores 0.5. Raise the budget"),
+        (
+            {"bits": 0.3},
+            "cannot be met: the cheapest feasible plan stores 0.5 (8,192 bytes). Raise the budget",
+        ),
         (
             {"bits": 1.9, "method": "turboquant"},
             "turboquant cannot meet 1.9 bits; its cheapest configuration",
@@ -77,7 +80,7 @@ KNOWN = "Available: identity, int, kivi, sight, turboquant."
         ),
         (
             {"bits": 4, "window": 512},
-            "sight cannot meet 4 bits; its smallest row stores 0.5. Raise the budget",
+            "a budget of 4 bits per element (65,536 bytes at 1,024 tokens) cannot be met: the",
         ),
         (
             {"bits": 4, "method": "int", "window": 512},
@@ -106,6 +109,6 @@ def test_a_bad_request_costs_no_observation(model):
 
 
 def test_numbers_may_come_as_text(model):
-    made = kvsight.fit(model("llama"), batches(1), bits=4, options={"shrink": "0.01", "metric": "false"})
-    same = kvsight.fit(model("llama"), batches(1), bits=4, options={"shrink": 0.01, "metric": False})
+    made = kvsight.fit(model("llama"), batches(1), bits=4, options={"shrink": "0.01"})
+    same = kvsight.fit(model("llama"), batches(1), bits=4, options={"shrink": 0.01})
     assert [row.true_bits for row in made.ledger()] == [row.true_bits for row in same.ledger()]

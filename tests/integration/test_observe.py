@@ -359,8 +359,11 @@ def test_models_without_packable_layers_are_refused(name):
 
 def test_batches_may_be_a_generator_and_progress_is_told(model):
     inputs = batches(3)
-    for given, total in ((iter(inputs), 0), (inputs, 3)):
+    for given in (iter(inputs), inputs):
         calls = []
         kvsight.fit(model("llama"), given, bits=4, progress=lambda *call, to=calls: to.append(call))
-        assert calls[:3] == [("observe", n, total) for n in (1, 2, 3)]
-        assert calls[3:] == [("fit", 1, 2), ("fit", 2, 2)]
+        assert calls[:3] == [("observe", n, 3) for n in (1, 2, 3)]
+        sides = (1, 2, 3, 4)
+        assert [c for c in calls if c[0] == "curves"] == [("curves", n, 4) for n in sides]
+        assert [c for c in calls if c[0] == "try sinks"] == [("try sinks", n, 2) for n in (1, 2)]
+        assert calls[-4:] == [("fit", n, 4) for n in sides]
