@@ -16,7 +16,7 @@ from kvsight.transforms import Transform
 
 # Mean drift beyond which a plan serves text that it was not made for, and how many tokens it takes to
 # tell (docs/drift.md has the figures behind both).
-LIMIT = 0.02
+LIMIT = 0.025
 ENOUGH_TOKENS = 512
 
 
