@@ -57,7 +57,7 @@ class Probe:
             # a model whose attention decodes on read is no news while its plan is being made
             warnings.filterwarnings("ignore", "kvsight: attention decodes")
             for i, ids in enumerate(self.batches):
-                coded = read(self.model, ids, PackedCache(plan, self.model.config))
+                coded = read(self.model, ids, PackedCache(plan, self.model.config, monitor=False))
                 total += total_kl(self._reference(i, ids).flatten(0, 1), coded.flatten(0, 1))
                 tokens += ids.numel()
         if tokens == 0:

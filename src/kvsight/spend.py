@@ -11,7 +11,7 @@ from kvsight.codec import Placement
 from kvsight.curves import Candidates, Curve, Floats, candidates
 from kvsight.drift import Assumed
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense
+from kvsight.formats import Row
 from kvsight.methods import get
 from kvsight.methods.base import Budget, Method, Option, Side
 from kvsight.plan import SIDES
@@ -296,8 +296,8 @@ def canonical(placed: Placed, stats: Stats) -> Placed:
 def _canonical(placement: Placement, stats: SideStats) -> Placement:
     codec, heads = placement.codec, list(placement.heads)
     transform = codec.transform.stored()
-    if isinstance(codec.format, Dense):
-        # copies assume nothing
+    if not isinstance(codec.format, Row) or codec.format.norm:
+        # scales of the tokens' own, and copies, assume nothing
         return Placement(placement.heads, replace(codec, transform=transform))
     assumed = Assumed.of(transform, stats.moments.mean[heads], stats.moments.covariance[heads])
     return Placement(placement.heads, replace(codec, transform=transform), assumed)

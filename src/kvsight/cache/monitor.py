@@ -87,6 +87,10 @@ class Monitor:
                 drift.worst,
             )
 
+    def mute(self) -> None:
+        """Never say anything; ``drift`` still works."""
+        self._said = True
+
     def __deepcopy__(self, memo: dict[int, object]) -> "Monitor":
         fresh = Monitor(self.plan, self.most)
         fresh._seen, fresh._said = dict(self._seen), self._said

@@ -98,6 +98,9 @@ def evaluate(
             if ids.shape[1] < 2:
                 raise KVSightError(f"a window needs at least 2 tokens; got {ids.shape[1]}.")
             cache = PackedCache(plan, model.config)
+            if cache.monitor is not None:
+                # one text, one verdict
+                cache.monitor.mute()
             reference = read(model, ids, None)
             coded = read(model, ids, cache)
             windows += [_compare(*triple) for triple in zip(ids, reference, coded, strict=True)]
@@ -108,6 +111,7 @@ def evaluate(
             baseline_bytes += 2 * plan.elements(ids.shape[1], ids.shape[0])
             if progress is not None:
                 progress("evaluate", done, total)
+    monitor.say()
     if not windows:
         raise KVSightError("evaluation needs at least one batch of token ids; got none.")
     return Result(
