@@ -38,6 +38,7 @@ PROPAGATIONS = ("gradient", "perturbation", "none")
 # has no context: its vectors are unlike all others, and one window in a few is ruined without it.
 _SINKS = (1, 4)
 _TRIALS = 2
+_TRIAL_TOKENS = 512
 # more sinks are bought only where they are worth more than the noise of a few windows
 _CLEAR = 0.98
 # the search for the smallest plan stops at this many bits
