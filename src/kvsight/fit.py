@@ -125,9 +125,8 @@ def fit(  # noqa: PLR0913
     prepared = prepare_from_stats(model, stats, request, progress)
     make = partial(plan_from_stats, model, stats, prepared=prepared)
     if request.sinks is None:
-        request = _choose_sinks(
-            make, Probe(model, _spaced(seen, _TRIALS)), stats, request, max_kl, progress
-        )
+        trial = Probe(model, [ids[:1, :_TRIAL_TOKENS] for ids in _spaced(seen, _TRIALS)])
+        request = _choose_sinks(make, trial, stats, request, max_kl, progress)
     if max_kl is None:
         return make(request, notes, progress=progress)
     return _smallest(make, Probe(model, held_out), request, notes, max_kl, progress)
