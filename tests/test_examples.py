@@ -1,5 +1,6 @@
 """The examples run as they are, offline, and print what they promise."""
 
+import re
 import runpy
 import tempfile
 from pathlib import Path
@@ -24,10 +25,15 @@ def test_examples_are_numbered_and_short():
 
 def test_fit_and_generate(capsys):
     lines = run("01_fit_and_generate.py", capsys)
-    assert lines[0] == "keys 3.00, values 3.00 stored bits per number"
+    key, value = map(
+        float, re.fullmatch(r"keys (.*), values (.*) stored bits per number", lines[0]).groups()
+    )
+    # one budget: what the keys do not take is left to the values
+    assert (key + value) / 2 == pytest.approx(3, abs=0.02)
     assert lines[1].startswith("The history of the city")
-    # 3 bits of 16: 5.33 times smaller
-    assert lines[-1] == "36 tokens in 27,648 bytes; 16-bit numbers would take 147,456"
+    stored = re.fullmatch(r"36 tokens in (.*) bytes; 16-bit numbers would take 147,456", lines[-1])
+    # one or four exact tokens weigh more in 36 than in the 1,024 that the budget is for
+    assert 27_648 < int(stored[1].replace(",", "")) < 27_648 + 4 * 4096
 
 
 @pytest.mark.slow
