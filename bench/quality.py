@@ -49,7 +49,7 @@ def main() -> None:
             rows.append({"spec": spec, "asked_bits": bits, **result.to_json()})
             print(_row(spec, result), flush=True)
     protocol = {
-        "model": options.model or "pico-8m",
+        "model": Path(options.model or "pico-8m").name,
         "calibration_tokens": ids.numel(),
         "windows": len(batches),
     }
