@@ -17,9 +17,9 @@ from scipy.stats import spearmanr
 from kvsight import assets
 from kvsight.fit import GRADIENT_TOKENS, make_request, plan_from_stats, prepare_from_stats
 from kvsight.integrations.loading import load_model
-from kvsight.plan import LayerPlan, Plan
+from kvsight.plan import Plan
 from kvsight.probe import Probe
-from kvsight.spend import Prepared, canonical
+from kvsight.spend import Prepared, layer_plans
 from kvsight.stats import Stats
 from kvsight.text import read_text, windows
 from kvsight.trace import observe, summarise
@@ -73,12 +73,7 @@ def _random_plan(base: Plan, stats: Stats, prepared: Prepared, draw: random.Rand
         choice = int(abs(found.curves[0].bits - wanted).argmin())
         placed[key] = found.place([choice] * len(found.curves))
         damage += sum(float(curve.damage[choice]) for curve in found.curves)
-    placed = canonical(placed, stats)
-    layers = tuple(
-        LayerPlan(layer.index, layer.window, layer.key.heads, placed[n, "k"], placed[n, "v"])
-        for n, layer in enumerate(stats.layers)
-    )
-    return replace(base, layers=layers, sinks=0), damage
+    return replace(base, layers=layer_plans(placed, stats), sinks=0), damage
 
 
 def _options() -> argparse.Namespace:

@@ -117,7 +117,7 @@ def _of_ladder(
     stats = layer.side(side)
     ladder = _ladder(method, side, stats, dense, options)
     forms = [placements[0].codec.format for placements in ladder]
-    damage = shrunk(stats.metric if stats.damage is None else stats.damage, stats, 0.0)
+    damage = shrunk(stats.cost, stats, 0.0)
     measured = [_measure(placements, stats, damage) for placements in ladder]
     variance = _variance(stats)
     curves = tuple(

@@ -16,9 +16,9 @@ import kvsight
 from kvsight.errors import KVSightError
 from kvsight.fingerprint import fingerprint
 from kvsight.methods import get
-from kvsight.plan import SIDES, LayerPlan, Plan
+from kvsight.plan import SIDES, Plan
 from kvsight.request import Constraints, Request, check, make_request, one_of
-from kvsight.spend import Prepared, canonical, prepare, spend
+from kvsight.spend import Prepared, layer_plans, prepare, spend
 from kvsight.stats import Stats, doubts
 
 if TYPE_CHECKING:
@@ -150,11 +150,6 @@ def plan_from_stats(
     if prepared is None:
         prepared = prepare(stats, request, dense, progress)
     spending = spend(stats, request, dense, prepared, progress)
-    placed = canonical(spending.placed, stats)
-    layers = tuple(
-        LayerPlan(layer.index, layer.window, layer.key.heads, placed[n, "k"], placed[n, "v"])
-        for n, layer in enumerate(stats.layers)
-    )
     one = request.methods["k"] == request.methods["v"]
     named = request.methods["k"] if one else {str(s): m for s, m in request.methods.items()}
     rules = dict.fromkeys(request.rule(side) for side in SIDES)
@@ -163,7 +158,7 @@ def plan_from_stats(
     if spending.predicted_kl is not None:
         notes["predicted_kl"] = f"{spending.predicted_kl:.4g}"
     return Plan(
-        layers,
+        layer_plans(spending.placed, stats),
         named,
         dict(request.options),
         request.sinks or 0,
@@ -200,8 +195,7 @@ def _stats(
     weighed = bool(rules & {"measured", "ratequant"})
     tokens = GRADIENT_TOKENS if _calibrated(request) and propagation == "gradient" else 0
     stats = summarise(observe(model, batches, gradient_tokens=tokens, progress=progress))
-    missing = any(layer.key.damage is None for layer in stats.layers)
-    if not weighed or propagation == "none" or not missing:
+    if not weighed or propagation == "none" or stats.weighed:
         return stats
     bare = replace(request, methods={"k": "identity", "v": "identity"}, bits={"k": None, "v": None})
     bare = replace(bare, allocate="uniform", options={}, constraints=Constraints(), bytes_per_token=None)
@@ -211,9 +205,8 @@ def _stats(
 
 def _settled(request: Request, stats: Stats) -> Request:
     """Without a common unit of damage, layers and sides cannot be weighed: all get the same bits."""
-    weighed = all(layer.side(side).damage is not None for layer in stats.layers for side in SIDES)
     rules = {request.rule(side) for side in SIDES}
-    if weighed or "measured" not in rules or request.constraints != Constraints():
+    if stats.weighed or "measured" not in rules or request.constraints != Constraints():
         return request
     return replace(request, allocate="uniform")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kvsight.methods import get
 from kvsight.methods.base import Budget, Side
-from kvsight.plan import SIDES, LayerPlan, Plan
+from kvsight.plan import SIDES, Plan
 from kvsight.probe import Probe
 from kvsight.retention import Retention
-from kvsight.spend import Placed, Progress, canonical
+from kvsight.spend import Placed, Progress, layer_plans
 from kvsight.stats import LayerStats, SideStats, Stats, shrunk
 
 if TYPE_CHECKING:
@@ -71,9 +71,4 @@ def _exact(stats: Stats, dtype: torch.dtype) -> Placed:
 
 
 def _plan(plan: Plan, stats: Stats, placed: Placed, dtype: torch.dtype) -> Plan:
-    placed = canonical(placed, stats)
-    layers = tuple(
-        LayerPlan(layer.index, layer.window, layer.key.heads, placed[n, "k"], placed[n, "v"])
-        for n, layer in enumerate(stats.layers)
-    )
-    return replace(plan, layers=layers, sinks=0, window=0, dense_dtype=dtype)
+    return replace(plan, layers=layer_plans(placed, stats), sinks=0, window=0, dense_dtype=dtype)

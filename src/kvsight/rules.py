@@ -44,7 +44,7 @@ def ratequant(sides: Sequence[Candidates], layers: Sequence[LayerStats]) -> Dama
     out: Damages = []
     for side, layer in zip(sides, layers, strict=True):
         stats = layer.side(side.curves[0].side)
-        seen = shrunk(stats.metric if stats.damage is None else stats.damage, stats, 0.0)
+        seen = shrunk(stats.cost, stats, 0.0)
         energy = seen.diagonal(dim1=-2, dim2=-1).mean(-1)
         scale = (energy * stats.moments.covariance.diagonal(dim1=-2, dim2=-1).sum(-1)).tolist()
         out.append(

@@ -14,7 +14,7 @@ from kvsight.errors import KVSightError
 from kvsight.formats import Row
 from kvsight.methods import get
 from kvsight.methods.base import Budget, Method, Option, Side
-from kvsight.plan import SIDES
+from kvsight.plan import SIDES, LayerPlan
 from kvsight.request import Request
 from kvsight.retention import Retention
 from kvsight.rules import RULES
@@ -183,8 +183,7 @@ def _allocated(
     for position, layer in enumerate(stats.layers):
         if layer.index in limits.protected:
             placed |= {(position, side): _exact(layer, side, dense) for side in sides}
-    weighed = all(layer.side(side).damage is not None for layer in stats.layers for side in sides)
-    return placed, predicted if weighed else None
+    return placed, predicted if stats.weighed else None
 
 
 def _parts(stats: Stats, sides: Sequence[Side], request: Request, prepared: Prepared) -> Iterator[_Part]:
@@ -285,7 +284,16 @@ def _check_protected(stats: Stats, protected: tuple[int, ...]) -> None:
         )
 
 
-def canonical(placed: Placed, stats: Stats) -> Placed:
+def layer_plans(placed: Placed, stats: Stats) -> tuple[LayerPlan, ...]:
+    """The layers of a plan with these placements, as a file would give them back."""
+    placed = _as_stored(placed, stats)
+    return tuple(
+        LayerPlan(layer.index, layer.window, layer.key.heads, placed[n, "k"], placed[n, "v"])
+        for n, layer in enumerate(stats.layers)
+    )
+
+
+def _as_stored(placed: Placed, stats: Stats) -> Placed:
     """Placements as a file would give them back, with what was assumed: a saved plan is the same plan."""
     return {
         (position, side): tuple(_canonical(p, stats.layers[position].side(side)) for p in placements)

@@ -98,6 +98,11 @@ class SideStats:
     passages: Tensor | None = None
 
     @property
+    def cost(self) -> Tensor | None:
+        """What an error costs: ``damage`` where gradients were read, else the read metric."""
+        return self.metric if self.damage is None else self.damage
+
+    @property
     def heads(self) -> int:
         return int(self.moments.total.shape[0])
 
@@ -130,6 +135,11 @@ class Stats:
     layers: tuple[LayerStats, ...]
     tokens: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def weighed(self) -> bool:
+        """Whether damage is known everywhere, so that layers and sides have one unit."""
+        return all(s.damage is not None for layer in self.layers for s in (layer.key, layer.value))
 
 
 # as many tokens of gradients as the read metric is worth beside them (docs/results.md)

@@ -37,13 +37,15 @@ class Monitor:
             if placement.assumed is None:
                 continue
             y = placement.codec.transform.forward(x[:, list(placement.heads)].float())
-            key, new = (layer.index, side, i), Seen.of(y)
-            self._seen[key] = self._seen[key].add(new) if key in self._seen else new
+            self._add((layer.index, side, i), Seen.of(y))
 
     def merge(self, other: "Monitor") -> None:
         """Add what another monitor of the same plan has seen."""
         for key, seen in other._seen.items():
-            self._seen[key] = self._seen[key].add(seen) if key in self._seen else seen
+            self._add(key, seen)
+
+    def _add(self, key: tuple[int, Side, int], seen: Seen) -> None:
+        self._seen[key] = self._seen[key].add(seen) if key in self._seen else seen
 
     def drift(self) -> Drift | None:
         """Of all that was seen so far; None before the first tokens and for plans without moments."""

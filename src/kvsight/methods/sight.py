@@ -80,8 +80,7 @@ class SightRows:
 
     @property
     def damage(self) -> Tensor:
-        seen = self.stats.metric if self.stats.damage is None else self.stats.damage
-        return self._remaining(shrunk(seen, self.stats, 0.0))
+        return self._remaining(shrunk(self.stats.cost, self.stats, 0.0))
 
     @property
     def error(self) -> Tensor:
@@ -134,7 +133,7 @@ def rows(side: Side, stats: SideStats, options: Mapping[str, Option]) -> SightRo
     """Fit the coordinates of one side of a layer."""
     check(options)
     strength = float(options["shrink"])
-    seen = {"output": stats.metric if stats.damage is None else stats.damage, "attention": stats.metric}
+    seen = {"output": stats.cost, "attention": stats.metric}
     metric = shrunk(seen.get(str(options["metric"])), stats, strength)
     covariance = shrunk(stats.moments.covariance, stats, strength)
     transform, variances = karhunen_loeve(metric, covariance)
