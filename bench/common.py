@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import transformers
 
 import kvsight
+from kvsight import assets
+from kvsight.text import read_text, windows
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -20,6 +23,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     out.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     out.add_argument("--json", type=Path, default=None, help="write the result to this file")
     return out
+
+
+def calibration_ids(tokenizer: Any, files: Sequence[Path], tokens: int) -> torch.Tensor:
+    """Windows [n, 1024], the same number from each file, or from the embedded text without files."""
+    texts = [read_text(path) for path in files] or [assets.text("calibration")]
+    share = tokens // 1024 // len(texts)
+    return torch.cat([windows(tokenizer, text, 1024, share) for text in texts])
 
 
 def environment() -> dict[str, Any]:

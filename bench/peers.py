@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import parser, write
+from common import calibration_ids, parser, write
 from scipy.optimize import nnls
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, QuantizedCache
@@ -408,9 +408,7 @@ def main() -> None:
 
 
 def _stats(model: PreTrainedModel, tokenizer: Any, files: Sequence[Path], tokens: int) -> Stats:
-    texts = [read_text(path) for path in files] or [assets.text("calibration")]
-    share = tokens // 1024 // len(texts)
-    ids = torch.cat([windows(tokenizer, text, 1024, share) for text in texts])
+    ids = calibration_ids(tokenizer, files, tokens)
     return summarise(observe(model, ids.split(2)))
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import parser, write
+from common import calibration_ids, parser, write
 
 from kvsight import assets
 from kvsight.eval.quality import Result, evaluate
@@ -24,10 +24,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options.model, device=options.device)
-    files = options.calibration or []
-    texts = [read_text(path) for path in files] or [assets.text("calibration")]
-    share = options.tokens // 1024 // len(texts)
-    ids = torch.cat([windows(tokenizer, text, 1024, share) for text in texts])
+    ids = calibration_ids(tokenizer, options.calibration or [], options.tokens)
     stats = summarise(observe(model, ids.split(1), gradient_tokens=GRADIENT_TOKENS, progress=_progress))
     text = assets.text("evaluation") if options.text is None else read_text(options.text)
     batches = windows(tokenizer, text, 1024, options.windows).split(1)
