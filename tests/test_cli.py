@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import kvsight.plan
 from kvsight import assets
-from kvsight.cli import app, parse_options
+from kvsight.cli import app
+from kvsight.cli.options import parse_options
 from kvsight.console import write_json
 from kvsight.errors import KVSightError
 from kvsight.methods import available
