@@ -79,11 +79,11 @@ def candidates(
 
 
 def _of_rows(rows: Rows, side: Side, layer: LayerStats, options: Mapping[str, Option]) -> Candidates:
-    """Rows of 1..d bytes per token."""
+    """Rows of whole bytes per token."""
     stats = layer.side(side)
     maker = rows(side, stats, options)
     damage, error = maker.damage, maker.error
-    sizes = np.arange(1, damage.shape[1])
+    sizes = np.array(maker.sizes)
     bits = 8.0 * sizes / stats.dim
     variance = stats.dim * _variance(stats)
     curves = tuple(
@@ -93,8 +93,8 @@ def _of_rows(rows: Rows, side: Side, layer: LayerStats, options: Mapping[str, Op
             head,
             bits,
             bits,
-            _column(damage[head, 1:]),
-            _column(error[head, 1:]) / variance[head],
+            _column(damage[head, sizes]),
+            _column(error[head, sizes]) / variance[head],
             ("row",) * len(sizes),
         )
         for head in range(stats.heads)

@@ -28,25 +28,55 @@ def reverse_water_fill(variances: Tensor, bits: int, distortion: Sequence[float]
     return tuple(sorted(widths, reverse=True))
 
 
-def share_bytes(variances: Tensor, total: int, distortion: Sequence[float]) -> list[int]:
-    """Whole bytes per head: reverse water-filling over all heads [H, d], rounded to the total.
+def share_bytes(variances: Tensor, total: int, distortion: Sequence[float], unit: int = 1) -> list[int]:
+    """Bytes per head, multiples of ``unit``: reverse water-filling over all heads [H, d], to the total.
 
-    Each head gets at least one byte and at most what its widest codes take.
+    Each head gets at least one unit and at most what its widest codes take.
     """
     heads, dim = variances.shape
     widest = len(distortion) - 1
-    most = dim * widest // 8
-    if not heads <= total <= heads * most:
-        raise KVSightError(f"cannot share {total} bytes among {heads} heads of 1 to {most} bytes.")
+    most = dim * widest // (8 * unit)
+    units = total // unit
+    if not heads <= units <= heads * most:
+        raise KVSightError(
+            f"cannot share {total} bytes among {heads} heads of {unit} to {most * unit} bytes."
+        )
     gains = _gains(variances, distortion)
-    best = gains.flatten().sort(descending=True, stable=True).indices[: 8 * total]
-    wanted = (torch.bincount(best // (dim * widest), minlength=heads).double() / 8).tolist()
+    best = gains.flatten().sort(descending=True, stable=True).indices[: 8 * unit * units]
+    filled = torch.bincount(best // (dim * widest), minlength=heads)
+    wanted = (filled.double() / (8 * unit)).tolist()
     shares = [min(max(int(w), 1), most) for w in wanted]
-    while sum(shares) != total:
-        step = 1 if sum(shares) < total else -1
+    while sum(shares) != units:
+        step = 1 if sum(shares) < units else -1
         open_to = [h for h in range(heads) if 1 <= shares[h] + step <= most]
         shares[max(open_to, key=lambda h: step * (wanted[h] - shares[h]))] += step
-    return shares
+    return [unit * share for share in shares]
+
+
+def row_widths(
+    variances: Tensor, distortion: Sequence[float], chunk: int = 1, allowed: Sequence[int] | None = None
+) -> Tensor:
+    """Widths of every coordinate in rows of 0..d bytes, int64 [..., d + 1, d], falling within a row.
+
+    Each row is reverse water-filling under two limits: ``chunk`` neighbours (a divisor of d) share a
+    width, and widths are among ``allowed`` (rising, from 0). A row may then end some bits short.
+
+    Args:
+        variances: [..., d], falling.
+    """
+    dim = variances.shape[-1]
+    steps = list(range(len(distortion))) if allowed is None else list(allowed)
+    d = torch.tensor([distortion[w] for w in steps], dtype=torch.float64)
+    growth = torch.tensor(steps).diff()
+    shared = variances.double().unflatten(-1, (-1, chunk)).sum(-1)
+    gains = shared.unsqueeze(-2) * ((d[:-1] - d[1:]) / growth).unsqueeze(-1)
+    # step-major: ties go to lower steps, then to earlier coordinates
+    order = gains.flatten(-2).sort(dim=-1, descending=True, stable=True).indices
+    bits = (chunk * growth).repeat_interleave(shared.shape[-1]).expand(order.shape)
+    spent = torch.empty_like(order).scatter_(-1, order, bits.gather(-1, order).cumsum(-1))
+    taken = spent.unsqueeze(-2) <= 8 * torch.arange(dim + 1).unsqueeze(-1)
+    level = taken.unflatten(-1, (len(growth), -1)).sum(-2)
+    return torch.tensor(steps)[level].repeat_interleave(chunk, dim=-1)
 
 
 def falling_gains(variances: Tensor, distortion: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvsight.errors import KVSightError
 from kvsight.formats import Row
 from kvsight.methods import get
 from kvsight.methods.base import Budget
@@ -163,3 +164,33 @@ def test_a_layer_alone_shares_its_bytes_by_water_filling():
     variances = rows("k", stats, options).variances
     shares = share_bytes(variances, int(3.3 * HEADS * DIM / 8), DISTORTION)
     assert [stored[head] for head in range(HEADS)] == shares
+
+
+@pytest.mark.parametrize("widths", ["any", "1,2,4,8"])
+def test_chunks_share_a_width(widths):
+    fitted = maker(heavy_stats(), codebook="uniform", chunk=8, widths=widths)
+    assert list(fitted.sizes) == list(range(1, DIM + 1))
+    for size in fitted.sizes:
+        for placement in fitted.place([size] * HEADS):
+            row = placement.codec.format
+            assert len(set(row.widths[:8])) == len(set(row.widths[8:])) == 1
+            assert row.row_bytes == size or (widths != "any" and row.row_bytes < size)
+            assert set(row.widths) <= {0, 1, 2, 4, 8} or widths == "any"
+
+
+def test_longer_chunks_cost_more():
+    free, coarse = (maker(heavy_stats(), chunk=chunk) for chunk in (1, 16))
+    assert list(coarse.sizes) == list(range(2, DIM + 1, 2))
+    assert (coarse.damage[:, list(coarse.sizes)] >= free.damage[:, list(coarse.sizes)]).all()
+
+
+@pytest.mark.parametrize("options", [{"chunk": 4}, {"chunk": 24}, {"chunk": 32}, {"chunk": 0}])
+def test_chunks_divide_the_head(options):
+    with pytest.raises(KVSightError, match="multiple of 8 that divides head_dim 16; got"):
+        maker(heavy_stats(), **options)
+
+
+@pytest.mark.parametrize("widths", ["2,4", "1,9", "one", ""])
+def test_widths_that_rows_cannot_have(widths):
+    with pytest.raises(KVSightError, match="'widths' is any, or widths from 1 to 8"):
+        maker(heavy_stats(), widths=widths)

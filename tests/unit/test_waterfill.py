@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvsight.errors import KVSightError
 from kvsight.quantizers.lloyd_max import gaussian
-from kvsight.waterfill import falling_gains, reverse_water_fill, share_bytes
+from kvsight.waterfill import falling_gains, reverse_water_fill, row_widths, share_bytes
 
 DISTORTION = [1.0, *(gaussian(bits).distortion for bits in range(1, 9))]
 variances = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4).map(lambda v: sorted(v, reverse=True))
@@ -122,3 +122,51 @@ def test_falling_gains_take_heads_apart():
         alone = falling_gains(lam[index], DISTORTION)
         assert torch.equal(coordinate[index], alone[0])
         assert torch.equal(width[index], alone[1])
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=6).map(lambda v: sorted(v, reverse=True)))
+def test_free_rows_are_water_fillings(values):
+    lam = torch.tensor(values, dtype=torch.float64)
+    rows = row_widths(lam, DISTORTION)
+    for size, widths in enumerate(rows.tolist()):
+        assert tuple(widths) == reverse_water_fill(lam, 8 * size, DISTORTION)
+
+
+@pytest.mark.parametrize("allowed", [None, (0, 1, 2, 4, 8), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+def test_no_row_of_its_length_is_better(chunk, allowed):
+    """Wherever a row is full, no other widths under the same limits cost less."""
+    generator = torch.Generator().manual_seed(chunk)
+    lam = torch.rand(2, 4 * chunk, generator=generator, dtype=torch.float64).pow(4)
+    lam = lam.sort(descending=True).values
+    rows = row_widths(lam, DISTORTION, chunk, allowed)
+    assert rows.shape == (2, 4 * chunk + 1, 4 * chunk)
+    steps = allowed or range(9)
+    full = 0
+    for head, size in itertools.product(range(2), range(4 * chunk + 1)):
+        widths = rows[head, size].tolist()
+        assert widths == sorted(widths, reverse=True)
+        assert set(widths) <= set(steps)
+        assert all(len(set(widths[i : i + chunk])) == 1 for i in range(0, len(widths), chunk))
+        assert sum(widths) <= 8 * size
+        if sum(widths) < 8 * size:
+            continue
+        full += 1
+        others = [w for w in itertools.product(steps, repeat=4) if chunk * sum(w) == 8 * size]
+        costs = [
+            sum(
+                DISTORTION[w] * float(lam[head, i * chunk : (i + 1) * chunk].sum())
+                for i, w in enumerate(other)
+            )
+            for other in others
+        ]
+        mine = sum(DISTORTION[w] * v for w, v in zip(widths, lam[head].tolist(), strict=True))
+        assert mine == pytest.approx(min(costs))
+    assert full > 4
+
+
+def test_shares_are_whole_units():
+    heads = torch.tensor([[8.0] * 32, [1.0] * 32])
+    assert share_bytes(heads, 27, DISTORTION, 2) == [16, 10]
+    with pytest.raises(KVSightError, match="cannot share 3 bytes among 2 heads of 2 to 32 bytes"):
+        share_bytes(heads, 3, DISTORTION, 2)

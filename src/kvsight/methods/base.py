@@ -76,7 +76,11 @@ class RowMaker(Protocol):
 
     ``damage`` [H, d + 1] is the predicted cost of rows of 0, 1, ... d bytes in the units of
     ``SideStats.damage``, nats of final KL per token; ``error`` [H, d + 1] is the squared error per vector.
+    ``sizes`` are the rows in bytes that an allocation may choose from.
     """
+
+    @property
+    def sizes(self) -> Sequence[int]: ...
 
     @property
     def damage(self) -> Tensor: ...

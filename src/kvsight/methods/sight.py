@@ -26,7 +26,7 @@ from kvsight.quantizers.lloyd_max import (
 )
 from kvsight.stats import SideStats, shrunk
 from kvsight.transforms import Transform, centre, karhunen_loeve, scale
-from kvsight.waterfill import falling_gains, reverse_water_fill, share_bytes
+from kvsight.waterfill import row_widths, share_bytes
 
 METRICS = ("output", "attention", "storage")
 # D(b) of the Gaussian for levels that a sample chooses: close enough to order coordinates by
@@ -73,10 +73,16 @@ class SightRows:
         """Whether nothing is fitted to the sample: the codebook as it is, at the standard deviation."""
         return self.options["scales"] == "static"
 
+    @property
+    def sizes(self) -> Sequence[int]:
+        step = unit_bytes(self.options)
+        return range(step, self.stats.dim + 1, step)
+
     @cached_property
-    def _steps(self) -> tuple[Tensor, Tensor]:
-        """Coordinate and width after each step of reverse water-filling, best first, [H, 8·d] each."""
-        return falling_gains(self.variances, distortion(self.options))
+    def _widths(self) -> Tensor:
+        """Widths of rows of 0..d bytes, [H, d + 1, d]."""
+        chunk, allowed = int(self.options["chunk"]), allowed_widths(self.options)
+        return row_widths(self.variances, distortion(self.options), chunk, allowed)
 
     @property
     def damage(self) -> Tensor:
@@ -96,17 +102,12 @@ class SightRows:
             if self.static
             else self.stretches.errors
         )
-        coordinate, width = self._steps
-        heads = torch.arange(len(costs)).unsqueeze(-1)
-        saved = left[heads, coordinate, width - 1] - left[heads, coordinate, width]
-        saved = saved.unflatten(-1, (-1, 8)).sum(-1).cumsum(-1)
-        whole = left[..., 0].sum(-1, keepdim=True)
-        return torch.cat([whole, whole - saved], dim=-1).clamp_min(0)
+        per_row = left.unsqueeze(1).expand(-1, self._widths.shape[1], -1, -1)
+        return per_row.gather(-1, self._widths.unsqueeze(-1)).squeeze(-1).sum(-1)
 
     def place(self, rows: Sequence[int]) -> tuple[Placement, ...]:
         """Codecs whose heads store ``rows`` bytes per token; heads of equal widths share one."""
-        falls = distortion(self.options)
-        widths = [reverse_water_fill(v, 8 * n, falls) for v, n in zip(self.variances, rows, strict=True)]
+        widths = [tuple(self._widths[head, size].tolist()) for head, size in enumerate(rows)]
         placements: list[Placement] = []
         for shared in dict.fromkeys(widths):
             heads = [head for head, own in enumerate(widths) if own == shared]
@@ -131,7 +132,7 @@ class SightRows:
 
 def rows(side: Side, stats: SideStats, options: Mapping[str, Option]) -> SightRows:
     """Fit the coordinates of one side of a layer."""
-    check(options)
+    check(options, stats.dim)
     strength = float(options["shrink"])
     seen = {"output": stats.cost, "attention": stats.metric}
     metric = shrunk(seen.get(str(options["metric"])), stats, strength)
@@ -145,7 +146,8 @@ def build(
 ) -> tuple[Placement, ...]:
     """The layer's own best use of the budget."""
     fitted = rows(side, stats, options)
-    return fitted.place(share_bytes(fitted.variances, row_bytes(stats, budget), distortion(options)))
+    total, unit = row_bytes(stats, budget, options), unit_bytes(options)
+    return fitted.place(share_bytes(fitted.variances, total, distortion(options), unit))
 
 
 def distortion(options: Mapping[str, Option]) -> list[float]:
@@ -154,23 +156,51 @@ def distortion(options: Mapping[str, Option]) -> list[float]:
     return [1.0, *(codebook(bits).distortion for bits in range(1, MAX_WIDTH + 1))]
 
 
-def row_bytes(stats: SideStats, budget: Budget) -> int:
-    """Whole bytes per token for all heads of the layer: at least one and at most d per head."""
-    bits = budget.coded_bits()
+def row_bytes(stats: SideStats, budget: Budget, options: Mapping[str, Option]) -> int:
+    """Whole bytes per token for all heads of the layer: at least one unit and at most d per head."""
+    bits, least = budget.coded_bits(), unit_bytes(options)
     total = int(bits * stats.heads * stats.dim / 8 + 1e-9)
-    if total < stats.heads:
+    if total < stats.heads * least:
         raise KVSightError(
             f"sight cannot meet {budget.named}; its smallest row stores "
-            f"{8 / stats.dim:.4g}. Raise the budget, or keep fewer tokens exact."
+            f"{8 * least / stats.dim:.4g}. Raise the budget, or keep fewer tokens exact."
         )
     return min(total, stats.heads * (stats.dim * MAX_WIDTH // 8))
 
 
-def check(options: Mapping[str, Option]) -> None:
+def unit_bytes(options: Mapping[str, Option]) -> int:
+    """Row sizes are multiples of this: one more bit for one chunk, in whole bytes."""
+    return -(-int(options["chunk"]) // 8)
+
+
+def allowed_widths(options: Mapping[str, Option]) -> tuple[int, ...] | None:
+    """The option ``widths`` as numbers; None allows all."""
+    text = str(options["widths"])
+    if text == "any":
+        return None
+    try:
+        widths = sorted({0, *map(int, text.split(","))})
+    except ValueError:
+        widths = []
+    if widths[:2] != [0, 1] or widths[-1] > MAX_WIDTH:
+        raise KVSightError(
+            f"sight option 'widths' is any, or widths from 1 to {MAX_WIDTH} with 1 among them, "
+            f"such as 1,2,4,8; got {text!r}."
+        )
+    return tuple(widths)
+
+
+def check(options: Mapping[str, Option], dim: int) -> None:
     """Raise for a word or a share that the options do not allow."""
     choice("codebook", options["codebook"], _SHAPES)
     choice("scales", options["scales"], ("fitted", "static"))
     choice("metric", options["metric"], METRICS)
+    chunk = int(options["chunk"])
+    if chunk != 1 and (chunk < 8 or chunk % 8 or dim % chunk):
+        raise KVSightError(
+            f"sight option 'chunk' is 1, or a multiple of 8 that divides head_dim {dim}; got {chunk}."
+        )
+    allowed_widths(options)
     strength = float(options["shrink"])
     if not 0 <= strength <= 1:
         raise KVSightError(
@@ -189,7 +219,14 @@ METHOD = Method(
     "output-aware transform coding: bits by reverse water-filling, static scales, no metadata",
     "kvsight, docs/design.md",
     build,
-    {"codebook": "fitted", "scales": "fitted", "metric": "output", "shrink": 0.001},
+    {
+        "codebook": "fitted",
+        "scales": "fitted",
+        "metric": "output",
+        "shrink": 0.001,
+        "chunk": 1,
+        "widths": "any",
+    },
     rows=rows,
     allocate="measured",
 )
