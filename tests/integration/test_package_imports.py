@@ -13,7 +13,7 @@ SOURCE = Path(kvsight.__file__).parent
 ENGINES = {"transformers", "vllm"}
 # an import may only point to its own line or one above it
 ORDER = (
-    ("errors", "packing", "retention", "atomic", "assets", "waterfill", "text", "console", "records"),
+    ("errors", "packing", "tiling", "retention", "atomic", "assets", "waterfill", "text", "console", "records"),
     ("projections", "allocate"),
     ("formats",),
     ("ops",),
