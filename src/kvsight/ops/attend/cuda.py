@@ -1,0 +1,267 @@
+"""Decode attention on tiles on NVIDIA GPUs: one launch of ``tiles.cu``, compiled at run time."""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+from kvsight.ops.attend.tiles import FoldedTiles
+from kvsight.ops.nvrtc import compiled
+from kvsight.tiling import CHUNK, TOKENS
+
+_SOURCE = Path(__file__).with_name("tiles.cu")
+_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_ROWS = 4
+_MOST_ROW_TILES = 4
+
+_POINTERS = (
+    "query",
+    "heads",
+    "fold",
+    "fold_shift",
+    "unfold",
+    "unfold_shift",
+    "items",
+    "ranges",
+    "first_keys",
+    "first_values",
+    "last_keys",
+    "last_values",
+    "sink_logits",
+    "out",
+    "partial",
+    "masses",
+    "done",
+)
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's one argument."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_float) for name in ("scaling", "softcap")),
+        *((n, ctypes.c_int) for n in ("head_count", "item_count", "rows", "queries", "first", "last")),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a compiled kernel is made for."""
+
+    head_dim: int
+    key_blocks: int
+    value_blocks: int
+    row_tiles: int
+    number: int
+    warps: int = 8
+    ring: int = 24 * 1024
+    blocks: int = 1
+
+    def macros(self) -> dict[str, int]:
+        return {
+            "HEAD_DIM": self.head_dim,
+            "KEY_BLOCKS": self.key_blocks,
+            "VALUE_BLOCKS": self.value_blocks,
+            "ROW_TILES": self.row_tiles,
+            "NUMBER": self.number,
+            "WARPS": self.warps,
+            "RING": self.ring,
+            "BLOCKS": self.blocks,
+        }
+
+    @staticmethod
+    def source() -> Path:
+        return _SOURCE
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block: rings and the folded query, or the merges that reuse them."""
+        rows, keys = _ROWS * self.row_tiles, CHUNK * self.key_blocks
+        values = CHUNK * self.value_blocks
+        fragments = (self.key_blocks + 1) * self.row_tiles * 256
+        work = 4 * max(rows * (self.head_dim + keys), 2 * self.warps * rows)
+        stream = self.warps * max(self.ring, 4 * rows * values) + 8 * rows + fragments + work
+        exact = 4 * rows * (self.head_dim * (self.warps + 1) + 2 * self.warps)
+        return max(stream, exact)
+
+
+@dataclass(frozen=True, eq=False)
+class TiledTokens:
+    """Coded tokens of one side: ``tiles[h]`` uint8 [B, n, nbytes], tiles of a sequence one behind another.
+
+    ``tokens`` of them are stored; the first ``skip`` are no longer visible.
+    """
+
+    folded: FoldedTiles
+    tiles: tuple[Tensor, ...]
+    tokens: int
+    skip: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """Exact tokens of both sides, [B, H, n, d] each: before the coded ones and behind them."""
+
+    first_keys: Tensor
+    first_values: Tensor
+    last_keys: Tensor
+    last_values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One launch: ``tensors`` are kept alive until it is queued."""
+
+    shape: Shape
+    grid: tuple[int, int, int]
+    values: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
+    out: Tensor
+
+
+def token_ranges(  # noqa: PLR0913
+    batch: int,
+    queries: int,
+    first: int,
+    coded: int,
+    last: int,
+    *,
+    skip: int = 0,
+    hidden: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Visible tokens of every query, int32 [B, queries, 6]: from and to of exact, coded and exact tokens.
+
+    Args:
+        first, coded, last: visible tokens of each kind, in order; the newest are the queries' own.
+        skip: coded tokens that are stored before the visible ones.
+        hidden: [B], how many of the first visible tokens are padding.
+        window: a query sees this many tokens at most, itself included.
+    """
+    total = first + coded + last
+    to = torch.arange(total - queries + 1, total + 1).expand(batch, -1)
+    start = torch.zeros_like(to) if hidden is None else hidden.to(to).unsqueeze(-1).expand_as(to)
+    if window is not None:
+        start = torch.maximum(start, to - window)
+    kinds = ((0, first, 0), (first, coded, skip), (first + coded, last, 0))
+    bounds = [(x - at).clamp(0, size) + more for at, size, more in kinds for x in (start, to)]
+    return torch.stack(bounds, dim=-1).int()
+
+
+def attend_arguments(  # noqa: PLR0913
+    q: Tensor,
+    keys: TiledTokens,
+    values: TiledTokens,
+    ranges: Tensor,
+    *,
+    scaling: float,
+    exact: Exact | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    workers: int = 132,
+    shape: Mapping[str, int] | None = None,
+) -> Call:
+    """Prepare a launch.
+
+    Args:
+        q: [B, Hq, Q, d] with Q · Hq / H at most 16, contiguous.
+        ranges: as from ``token_ranges``, on q's device.
+        workers: blocks of threads to share the work among, about.
+        shape: settings of ``Shape`` to use instead of its defaults.
+    """
+    batch, query_heads, queries, dim = q.shape
+    heads = len(keys.tiles)
+    rows = query_heads // heads * queries
+    row_tiles = -(-rows // _ROWS)
+    if row_tiles > _MOST_ROW_TILES:
+        raise KVSightError(f"a launch takes {_ROWS * _MOST_ROW_TILES} query rows a KV head; got {rows}.")
+    kept = _no_exact(q, heads) if exact is None else exact
+    made = Shape(
+        dim, keys.folded.blocks, values.folded.blocks, row_tiles, _NUMBERS[q.dtype], **(shape or {})
+    )
+    first, last = kept.first_keys.shape[2], kept.last_keys.shape[2]
+    items = torch.tensor(_items(keys, values, workers // batch, first + last > 0), dtype=torch.int32)
+    width = max(CHUNK * made.value_blocks, dim)
+    tensors = {
+        "query": q,
+        "heads": _heads(keys, values).to(q.device),
+        "fold": keys.folded.matrix * (scaling * 1.4426950408889634),
+        "fold_shift": keys.folded.shift * (scaling * 1.4426950408889634),
+        "unfold": values.folded.matrix,
+        "unfold_shift": values.folded.shift,
+        "items": items.to(q.device),
+        "ranges": ranges.contiguous(),
+        "first_keys": kept.first_keys.to(q.dtype).contiguous(),
+        "first_values": kept.first_values.to(q.dtype).contiguous(),
+        "last_keys": kept.last_keys.to(q.dtype).contiguous(),
+        "last_values": kept.last_values.to(q.dtype).contiguous(),
+        "sink_logits": None if sink_logits is None else sink_logits.float().contiguous(),
+        "out": q.new_empty(batch, queries, query_heads, dim),
+        "partial": q.new_empty(batch, len(items), _ROWS * row_tiles, width, dtype=torch.float32),
+        "masses": q.new_empty(batch, len(items), _ROWS * row_tiles, 2, dtype=torch.float32),
+        "done": q.new_zeros(batch, heads, dtype=torch.int32),
+    }
+    numbers = {
+        "scaling": scaling,
+        "softcap": 0.0 if softcap is None else softcap,
+        "head_count": heads,
+        "item_count": len(items),
+        "rows": rows,
+        "queries": queries,
+        "first": first,
+        "last": last,
+    }
+    pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+    alive = (*(t for t in tensors.values() if t is not None), *keys.tiles, *values.tiles)
+    out = tensors["out"]
+    assert out is not None
+    return Call(made, (len(items), batch, 1), {**pointers, **numbers}, alive, out)
+
+
+def _no_exact(q: Tensor, heads: int) -> Exact:
+    none = q.new_empty(q.shape[0], heads, 0, q.shape[3])
+    return Exact(none, none, none, none)
+
+
+def _heads(keys: TiledTokens, values: TiledTokens) -> Tensor:
+    """The kernel's ``Head`` of every KV head as int64 [H, 7]: addresses, strides, counts of blocks."""
+    rows: list[list[int]] = []
+    for head in range(len(keys.tiles)):
+        k, v = keys.tiles[head], values.tiles[head]
+        counts = [*_counts(keys, head), *_counts(values, head)]
+        pairs = [counts[i] | counts[i + 1] << 32 for i in (0, 2, 4)]
+        rows.append([k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), *pairs])
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _counts(side: TiledTokens, head: int) -> list[int]:
+    """Blocks of 4, 2 and 1 bits."""
+    sizes = [block.size for block in side.folded.tilings[head].blocks]
+    return [sizes.count(size) for size in (4, 2, 1)]
+
+
+def _items(keys: TiledTokens, values: TiledTokens, workers: int, exact: bool) -> list[list[int]]:
+    """The kernel's ``Item`` of every block: splits in proportion to what each head reads."""
+    sizes = [k.nbytes + v.nbytes for k, v in zip(keys.folded.tilings, values.folded.tilings, strict=True)]
+    tiles = max(1, -(-keys.tokens // TOKENS) - keys.skip // TOKENS)
+    out: list[list[int]] = []
+    slot = 0
+    for head, size in enumerate(sizes):
+        coded = min(tiles, max(1, round(workers * size / max(1, sum(sizes)))))
+        out += [[head, split, coded, slot] for split in range(coded + exact)]
+        slot += coded + exact
+    return out
+
+
+def attend_tiles(call: Call) -> Tensor:
+    """Queue a prepared launch on the current stream; [B, Q, Hq, d]."""
+    shape = call.shape
+    kernel = compiled(_SOURCE, "attend_tiles", tuple(shape.macros().items()), shape.shared_bytes)
+    kernel.launch(call.grid, 32 * shape.warps, Arguments(**call.values))
+    return call.out

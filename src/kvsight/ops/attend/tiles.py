@@ -1,0 +1,133 @@
+"""What the tile kernel wants of a layer's codecs: scales, levels and transforms folded into two matrices.
+
+A score is linear in the bytes that the kernel masks out of a tile, so one matrix turns a query into the
+factor of every byte column, and another turns weighted sums of bytes into the output. Levels must be
+evenly spaced and widths equal within chunks. Maths: src/kvsight/ops/attend/README.md.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+from kvsight.formats import Row
+from kvsight.ops.attend.ref import Coded
+from kvsight.tiling import CHUNK, WIDTHS, Block, Rows, Tiling
+
+_EVEN = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedTiles:
+    """One side of a layer; the same for every token and step.
+
+    Keys: q @ matrix[h] are the factors of a query's score, [H, d, columns]; ``shift`` [H, d] is what codes
+    of zero decode to. Values: sums @ matrix[h] is the output of weighted sums, [H, columns, d].
+    ``columns`` is 16 times the most blocks of any head.
+    """
+
+    tilings: tuple[Tiling, ...]
+    matrix: Tensor
+    shift: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """The most blocks of any head, at least one."""
+        return most_blocks(self.tilings)
+
+
+def tileable(coded: Coded) -> bool:
+    """Whether these heads can be held in tiles: chunks of one width, even levels, no norms."""
+    form = coded.packed.format
+    return isinstance(form, Row) and tiled_widths(form) is not None and _steps(coded) is not None
+
+
+def tiled_widths(form: Row) -> tuple[int, ...] | None:
+    """One width per chunk, or None where a chunk has several or a head_dim is no whole number of chunks."""
+    if form.norm or form.dim % CHUNK:
+        return None
+    chunks = [form.widths[i : i + CHUNK] for i in range(0, form.dim, CHUNK)]
+    if any(len(set(chunk)) > 1 or chunk[0] not in WIDTHS for chunk in chunks):
+        return None
+    return tuple(chunk[0] for chunk in chunks)
+
+
+def most_blocks(tilings: Sequence[Tiling]) -> int:
+    """The most blocks of any head, at least one."""
+    return max(1, *(len(tiling.blocks) for tiling in tilings))
+
+
+def fold(coded: Sequence[Coded], rows: Rows) -> FoldedTiles:
+    """Fold the codecs of all heads of one side; ``rows`` are "tokens" for keys.
+
+    Raises ``KVSightError`` for heads that are not ``tileable``.
+    """
+    heads = {head: (part, i) for part in coded for i, head in enumerate(part.heads)}
+    tilings = {part: _tiling(part, rows) for part in coded}
+    columns = CHUNK * most_blocks(list(tilings.values()))
+    matrices, shifts = zip(
+        *(_fold_head(*heads[head], tilings[heads[head][0]], columns) for head in sorted(heads)), strict=True
+    )
+    matrix = torch.stack(matrices)
+    return FoldedTiles(
+        tuple(tilings[heads[head][0]] for head in sorted(heads)),
+        (matrix.mT if rows == "tokens" else matrix).contiguous(),
+        torch.stack(shifts),
+    )
+
+
+def _tiling(coded: Coded, rows: Rows) -> Tiling:
+    form = coded.packed.format
+    widths = tiled_widths(form) if isinstance(form, Row) else None
+    if widths is None or _steps(coded) is None:
+        raise KVSightError(
+            f"{form.name} cannot be held in tiles: they want evenly spaced levels and chunks of {CHUNK} "
+            "coordinates of one width. Fit with the option layout=tiles."
+        )
+    return Tiling(widths, rows)
+
+
+def _steps(coded: Coded) -> tuple[Tensor, Tensor] | None:
+    """Lowest level and step of every stored coordinate [H or 1, stored], fp64; None for uneven levels."""
+    levels, starts = (t.double() for t in coded.tables)
+    widths = torch.tensor([w for w in coded.packed.format.widths if w], device=levels.device)  # type: ignore[attr-defined]
+    first = levels[starts.long()]
+    span = 2**widths - 1
+    step = (levels[starts.long() + span] - first) / span
+    for code in range(1, int(span.max()) if len(span) else 0):
+        at = starts.long() + torch.minimum(torch.full_like(span, code), span)
+        wanted = first + step * torch.minimum(torch.full_like(span, code), span)
+        if bool(((levels[at] - wanted).abs() > _EVEN * step).any()):
+            return None
+    return first, step
+
+
+def _fold_head(coded: Coded, head: int, tiling: Tiling, columns: int) -> tuple[Tensor, Tensor]:
+    """(columns x d, d) of one head, fp32."""
+    found = _steps(coded)
+    assert found is not None
+    first, step = (t[min(head, len(t) - 1)] for t in found)
+    dim = coded.packed.format.dim
+    inverse = torch.eye(dim, device=first.device, dtype=torch.float64)[: tiling.stored]
+    if coded.folded.inverse is not None:
+        inverse = coded.folded.inverse[min(head, len(coded.folded.inverse) - 1)].to(first)
+    shift = first @ inverse
+    if coded.folded.shift is not None:
+        shift = shift + coded.folded.shift[min(head, len(coded.folded.shift) - 1)].to(first)
+    matrix = first.new_zeros(columns, dim)
+    for i, block in enumerate(tiling.blocks):
+        own = slice(CHUNK * block.chunk, CHUNK * (block.chunk + 1))
+        factor = step[own] * block_factor(block)
+        if tiling.rows == "coordinates":
+            # the high nibbles of a byte count sixteenfold
+            factor = torch.cat([factor[: CHUNK // 2], factor[CHUNK // 2 :] / 16])
+        matrix[CHUNK * i : CHUNK * (i + 1)] = factor.unsqueeze(-1) * inverse[own]
+    return matrix.float(), shift.float()
+
+
+def block_factor(block: Block) -> float:
+    """What one unit of a block's masked low nibble is worth in codes."""
+    return math.ldexp(1.0, block.low - block.size * (block.slot or 0))

@@ -1,0 +1,43 @@
+"""CUDA C++ compiled at run time by NVRTC through torch, and launched with one structure as its argument."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvsight.errors import KVSightError
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel on one device, and the dynamic shared memory [bytes] that its blocks get."""
+
+    function: Any
+    shared_bytes: int
+
+    def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
+        """Queue it on torch's current stream."""
+        driver = torch.cuda._utils._get_gpu_runtime_library()
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        stream = torch.cuda.current_stream()._as_parameter_
+        block = (threads, 1, 1)
+        code = driver.cuLaunchKernel(
+            self.function, *grid, *block, self.shared_bytes, stream, parameters, None
+        )
+        torch.cuda._utils._check_cuda(code)
+
+
+@lru_cache(maxsize=256)
+def compiled(source: Path, name: str, macros: tuple[tuple[str, int], ...], shared_bytes: int) -> Kernel:
+    """The kernel ``name`` of a source file for the current device; compiled once for each set of macros."""
+    if not hasattr(torch.cuda, "_compile_kernel"):
+        raise KVSightError(
+            f"kernels are compiled by torch 2.9 or newer; this is torch {torch.__version__}."
+        )
+    options = [f"-D{macro}={value}" for macro, value in macros]
+    kernel = torch.cuda._compile_kernel(source.read_text(encoding="utf-8"), name, nvcc_options=options)
+    kernel.set_shared_memory_config(shared_bytes)
+    return Kernel(kernel.func, shared_bytes)

@@ -1,0 +1,250 @@
+// Runs one block of CUDA threads after another on a CPU, as fibers of one host thread: deterministic, no races.
+//
+// It knows the few intrinsics that our kernels use. Tensor core operands are taken apart by the register
+// layouts of the PTX manual. Asynchronous copies happen as late as the kernel allows, and shared memory
+// starts poisoned, so reading too early is seen. Memory ordering between threads is not tested here.
+#pragma once
+#define EMULATED
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <ucontext.h>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+using std::max;
+using std::min;
+#define INF INFINITY
+
+struct uint2 {
+    uint32_t x, y;
+};
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+namespace emulator {
+struct Copy {
+    void *to;
+    const void *from;
+    int bytes;
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done;
+    std::deque<std::vector<Copy>> groups;
+    std::vector<Copy> open;
+};
+struct Meeting {
+    int arrived = 0;
+    long generation = 0;
+};
+struct Index {
+    int x, y, z;
+};
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline int current, living;
+inline Index block;
+inline Meeting all;
+inline std::vector<Meeting> warps;
+// what every lane of a warp brings to a meeting, and takes from it
+inline uint32_t brought[32][32][12], taken[32][32][4];
+inline std::function<void()> kernel;
+
+inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+inline void meet(Meeting &m, int size, const std::function<void()> &exchange) {
+    long before = m.generation;
+    if (++m.arrived == size) {
+        exchange();
+        m.arrived = 0;
+        m.generation++;
+        return;
+    }
+    while (m.generation == before) yield();
+}
+inline int lane() { return current % 32; }
+inline int warp() { return current / 32; }
+inline void meet_warp(const std::function<void()> &exchange) { meet(warps[warp()], 32, exchange); }
+inline void entry() {
+    kernel();
+    fibers[current].done = true;
+    yield();
+}
+inline void run(int threads, Index grid, unsigned char *memory, size_t bytes, std::function<void()> body) {
+    kernel = std::move(body);
+    for (block.z = 0; block.z < grid.z; block.z++)
+        for (block.y = 0; block.y < grid.y; block.y++)
+            for (block.x = 0; block.x < grid.x; block.x++) {
+                memset(memory, 0xff, bytes);
+                fibers = std::vector<Fiber>(threads);
+                warps.assign(threads / 32, {});
+                all = {};
+                for (auto &f : fibers) {
+                    f.stack.resize(1 << 17);
+                    f.done = false;
+                    getcontext(&f.context);
+                    f.context.uc_stack.ss_sp = f.stack.data();
+                    f.context.uc_stack.ss_size = f.stack.size();
+                    f.context.uc_link = nullptr;
+                    makecontext(&f.context, entry, 0);
+                }
+                for (living = threads; living;)
+                    for (current = 0; current < threads; current++)
+                        if (!fibers[current].done) {
+                            swapcontext(&scheduler, &fibers[current].context);
+                            living -= fibers[current].done;
+                        }
+            }
+}
+}  // namespace emulator
+
+#define threadIdx (emulator::Index{emulator::current, 0, 0})
+#define blockIdx (emulator::block)
+
+inline void __syncthreads() {
+    emulator::meet(emulator::all, (int)emulator::fibers.size(), [] {});
+}
+inline void __threadfence() {}
+template <class T> T __ldcg(const T *p) { return *p; }
+inline unsigned atomicAdd(unsigned *p, unsigned v) {
+    unsigned old = *p;
+    *p += v;
+    return old;
+}
+inline uint32_t __float_as_uint(float x) {
+    uint32_t y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+inline float bits_to_float(uint32_t x) {
+    float y;
+    memcpy(&y, &x, 4);
+    return y;
+}
+inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    uint64_t both = (uint64_t)b << 32 | a;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) out |= (uint32_t)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
+inline float __shfl_xor_sync(unsigned, float x, int mask) {
+    using namespace emulator;
+    int w = warp(), l = lane();
+    brought[w][l][0] = __float_as_uint(x);
+    meet_warp([w] {
+        for (int i = 0; i < 32; i++) taken[w][i][0] = brought[w][i][0];
+    });
+    return bits_to_float(taken[w][l ^ mask][0]);
+}
+inline int __any_sync(unsigned, int predicate) {
+    using namespace emulator;
+    int w = warp();
+    brought[w][lane()][0] = predicate;
+    meet_warp([w] {
+        uint32_t any = 0;
+        for (int i = 0; i < 32; i++) any |= brought[w][i][0];
+        for (int i = 0; i < 32; i++) taken[w][i][0] = any;
+    });
+    return (int)taken[w][lane()][0];
+}
+// movmatrix.m8n8.trans.b16: lane 4r + c holds elements (r, 2c) and (r, 2c + 1)
+inline uint32_t transpose8x8(uint32_t x) {
+    using namespace emulator;
+    int w = warp();
+    brought[w][lane()][0] = x;
+    meet_warp([w] {
+        auto element = [w](int row, int column) {
+            return brought[w][4 * row + column / 2][0] >> 16 * (column % 2) & 0xffff;
+        };
+        for (int i = 0; i < 32; i++)
+            taken[w][i][0] = element(2 * (i % 4), i / 4) | element(2 * (i % 4) + 1, i / 4) << 16;
+    });
+    return taken[w][lane()][0];
+}
+// mma.m16n8k32 of 8-bit integers
+inline void mma_8bit(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                     bool is_signed) {
+    using namespace emulator;
+    int w = warp(), l = lane();
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1, (uint32_t)c[0], (uint32_t)c[1], (uint32_t)c[2], (uint32_t)c[3]};
+    memcpy(brought[w][l], mine, sizeof mine);
+    meet_warp([w, is_signed] {
+        auto a = [w](int row, int k) {
+            return (int)(brought[w][row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)] >> 8 * (k % 4) & 255);
+        };
+        auto b = [w, is_signed](int k, int column) {
+            int x = (int)(brought[w][column * 4 + k % 16 / 4][4 + k / 16] >> 8 * (k % 4) & 255);
+            return is_signed ? (int)(int8_t)x : x;
+        };
+        for (int i = 0; i < 32; i++)
+            for (int e = 0; e < 4; e++) {
+                int row = i / 4 + 8 * (e / 2), column = 2 * (i % 4) + e % 2;
+                long sum = (int)brought[w][i][6 + e];
+                for (int k = 0; k < 32; k++) sum += (long)a(row, k) * b(k, column);
+                if (sum != (int)sum) {
+                    fprintf(stderr, "an int32 sum overflows\n");
+                    abort();
+                }
+                taken[w][i][e] = (uint32_t)sum;
+            }
+    });
+    for (int e = 0; e < 4; e++) c[e] = (int)taken[w][l][e];
+}
+inline void mma_signed(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint2 b) {
+    mma_8bit(c, a0, a1, a2, a3, b.x, b.y, true);
+}
+inline void mma_unsigned(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    mma_8bit(c, a0, a1, a2, a3, b0, b1, false);
+}
+template <int BYTES> void copy_async(void *to, const void *from) {
+    if ((uintptr_t)to % BYTES || (uintptr_t)from % BYTES) {
+        fprintf(stderr, "a copy of %d bytes is not aligned\n", BYTES);
+        abort();
+    }
+    emulator::fibers[emulator::current].open.push_back({to, from, BYTES});
+}
+inline void commit() {
+    auto &f = emulator::fibers[emulator::current];
+    f.groups.push_back(std::move(f.open));
+    f.open.clear();
+}
+template <int LEFT> void wait_all_but() {
+    auto &groups = emulator::fibers[emulator::current].groups;
+    while ((int)groups.size() > LEFT) {
+        for (auto &c : groups.front()) memcpy(c.to, c.from, c.bytes);
+        groups.pop_front();
+    }
+}
+inline float exp2_fast(float x) { return exp2f(x); }
+#if NUMBER == 0
+inline float from_bits(uint16_t bits) { return bits_to_float((uint32_t)bits << 16); }
+inline uint16_t to_bits(float x) {
+    uint32_t b = __float_as_uint(x);
+    return (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+#elif NUMBER == 1
+inline float from_bits(uint16_t bits) {
+    _Float16 h;
+    memcpy(&h, &bits, 2);
+    return (float)h;
+}
+inline uint16_t to_bits(float x) {
+    _Float16 h = (_Float16)x;
+    uint16_t bits;
+    memcpy(&bits, &h, 2);
+    return bits;
+}
+#endif

@@ -1,0 +1,268 @@
+"""The tile kernel, run on the CPU by an emulator of its intrinsics, against attention in plain torch."""
+
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvsight.formats import Packed, Row
+from kvsight.ops.attend.cuda import Arguments, Exact, TiledTokens, attend_arguments, token_ranges
+from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
+from kvsight.ops.attend.tiles import fold
+from kvsight.packing import pack_row, unpack_row
+from kvsight.tiling import TOKENS, WIDTHS
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+MIXES = (
+    ((4, 4, 4, 4), (4, 4, 4, 4)),
+    ((2, 2, 2, 2), (2, 2, 1, 0)),
+    ((3, 3, 2, 1), (5, 3, 2, 2)),
+    ((8, 6, 5, 0), (6, 4, 1, 1)),
+    ((1, 0, 0, 0), (8, 8, 3, 1)),
+    ((1, 1, 1, 1), (1, 1, 1, 1)),
+    ((4, 2, 1, 1), (2, 2, 2, 0)),
+)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The kernel compiled for the host: library(shape)."""
+    directory = tmp_path_factory.mktemp("kernels")
+
+    @cache
+    def build(shape):
+        out = directory / f"{abs(hash(shape))}.so"
+        macros = [f"-D{name}={value}" for name, value in shape.macros().items()]
+        kernel = f'-DKERNEL="{shape.source()}"'
+        command = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, kernel, "-o", str(out)]
+        subprocess.run([*command, str(HERE / "attend_tiles.cpp")], check=True)
+        return ctypes.CDLL(str(out))
+
+    return build
+
+
+def side(widths, tokens, batch, dim, seed):
+    """Random codes of heads with these widths per chunk, and what it takes to read them."""
+    draw = torch.Generator().manual_seed(seed)
+    parts = []
+    for head, chunks in enumerate(widths):
+        row = Row(tuple(w for w in chunks for _ in range(16)))
+        codes = [
+            torch.randint(0, 2**w, (batch, 1, tokens, 1), generator=draw, dtype=torch.uint8)
+            for w in row.widths
+            if w
+        ]
+        rows = torch.zeros(batch, 1, tokens, row.row_bytes, dtype=torch.uint8)
+        if codes:
+            rows = pack_row(torch.cat(codes, dim=-1), row.widths)
+        books = [
+            torch.linspace(-1, 1, 2**w) * (0.5 + torch.rand(1, generator=draw)) for w in row.widths if w
+        ]
+        levels = torch.cat(books) if books else torch.zeros(0)
+        sizes = torch.tensor([len(book) for book in books], dtype=torch.int32)
+        starts = (sizes.cumsum(0) - sizes).int().view(1, -1)
+        mix = torch.randn(1, row.stored, dim, generator=draw) / dim**0.25
+        shift = torch.randn(1, dim, generator=draw)
+        parts.append(Coded((head,), Packed(row, (rows,)), (levels, starts), Folded(mix, shift)))
+    return tuple(parts)
+
+
+def tiled(parts, rows, tokens, skip=0):
+    """The same codes in tiles; what lies behind the last token is noise."""
+    folded = fold(parts, rows)
+    tiles = []
+    for part, tiling in zip(parts, folded.tilings, strict=True):
+        codes = unpack_row(part.packed.tensors[0][:, 0], part.packed.format.widths)
+        whole = torch.randint(0, 256, (len(codes), -tokens % TOKENS, codes.shape[-1]), dtype=torch.uint8)
+        limits = torch.tensor([2**w - 1 for w in part.packed.format.widths if w], dtype=torch.uint8)
+        tiles.append(tiling.pack(torch.cat([codes, whole & limits], dim=1)))
+    return TiledTokens(folded, tuple(tiles), tokens, skip)
+
+
+def run(library, call):
+    shape = call.shape
+    call.out.fill_(float("nan"))
+    arguments = Arguments(**call.values)
+    library(shape).launch(*call.grid, ctypes.byref(arguments), ctypes.c_long(shape.shared_bytes))
+    return call.out
+
+
+SMALL = {"warps": 2, "ring": 32 * 1024}
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_every_mix_of_widths(library, mix):
+    tokens = 200
+    keys, values = (side([mix[i], mix[1 - i]], tokens, 2, 64, seed) for i, seed in ((0, 1), (1, 2)))
+    q = torch.randn(2, 4, 1, 64, generator=torch.Generator().manual_seed(0))
+    segments = [(Segment(tokens, coded=part),) for part in (keys, values)]
+    wanted = attend(q.double(), *segments, scaling=0.125)
+    call = attend_arguments(
+        q,
+        tiled(keys, "tokens", tokens),
+        tiled(values, "coordinates", tokens),
+        token_ranges(2, 1, 0, tokens, 0),
+        scaling=0.125,
+        workers=8,
+        shape=SMALL,
+    )
+    out = run(library, call)
+    assert (out - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def both_sides(dim, heads, tokens, batch=1, seed=3):
+    """Keys and values of heads with different widths each."""
+    draw = torch.Generator().manual_seed(seed + dim)
+
+    def widths():
+        choice = torch.randint(0, 8, (dim // 16,), generator=draw)
+        return tuple(sorted((WIDTHS[int(i)] for i in choice), reverse=True))
+
+    return (side([widths() for _ in range(heads)], tokens, batch, dim, seed + i) for i in range(2))
+
+
+def tile_attention(library, q, keys, values, tokens, shape=SMALL, workers=6, **options):
+    """(the kernel's output, attention in plain torch in fp64)."""
+    skip, exact = options.pop("skip", 0), options.pop("exact", None)
+    hidden, window = options.pop("hidden", None), options.pop("window", None)
+    first, last = (0, 0) if exact is None else (exact.first_keys.shape[2], exact.last_keys.shape[2])
+    seen = tokens - skip
+    queries = q.shape[2]
+    ranges = token_ranges(len(q), queries, first, seen, last, skip=skip, hidden=hidden, window=window)
+    call = attend_arguments(
+        q,
+        tiled(keys, "tokens", tokens, skip),
+        tiled(values, "coordinates", tokens, skip),
+        ranges,
+        exact=exact,
+        workers=workers,
+        shape=shape,
+        **options,
+    )
+    segments = [[], []]
+    for i, parts in enumerate((keys, values)):
+        if first:
+            segments[i].append(Segment(first, dense=(exact.first_keys, exact.first_values)[i]))
+        segments[i].append(Segment(seen, coded=parts, skip=skip))
+        if last:
+            segments[i].append(Segment(last, dense=(exact.last_keys, exact.last_values)[i]))
+    total = first + seen + last
+    at = torch.arange(total)
+    newest = total - queries + torch.arange(queries)
+    mask = (at <= newest[:, None]).expand(len(q), 1, -1, -1)
+    if hidden is not None:
+        mask = mask & (at >= hidden.view(-1, 1, 1, 1))
+    if window is not None:
+        mask = mask & (at > newest[:, None] - window)
+    wanted = attend(q.double(), *segments, mask=mask, **options)
+    return run(library, call), wanted
+
+
+def assert_near(out, wanted, limit=1e-3):
+    assert torch.isfinite(out).all()
+    assert (out - wanted).abs().max() < limit * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("group", "queries"), [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (16, 1), (1, 5), (4, 3)]
+)
+def test_query_heads_and_tokens(library, group, queries):
+    keys, values = both_sides(64, 2, 131)
+    q = drawn(1, 2 * group, queries, 64)
+    out, wanted = tile_attention(library, q, keys, values, 131, scaling=0.125)
+    assert_near(out, wanted)
+
+
+@pytest.mark.parametrize("dim", [16, 80, 96, 128, 256])
+def test_head_dims(library, dim):
+    keys, values = both_sides(dim, 2, 70)
+    out, wanted = tile_attention(library, drawn(1, 4, 1, dim), keys, values, 70, scaling=dim**-0.5)
+    assert_near(out, wanted)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 63, 64, 65, 129, 400])
+@pytest.mark.parametrize("workers", [1, 7, 40])
+def test_any_number_of_tokens_and_splits(library, tokens, workers):
+    keys, values = both_sides(64, 2, tokens, seed=5)
+    q = drawn(1, 8, 1, 64)
+    out, wanted = tile_attention(library, q, keys, values, tokens, scaling=0.125, workers=workers)
+    assert_near(out, wanted)
+
+
+OPTIONS = {
+    "softcap": {"softcap": 5.0},
+    "sinks": {"sink_logits": torch.tensor([3.0, -2.0, 8.0, 0.0])},
+    "skip": {"skip": 70},
+    "window": {"window": 50},
+    "padding": {"hidden": torch.tensor([0, 90])},
+}
+
+
+@pytest.mark.parametrize("exact", [(0, 0), (1, 0), (0, 3), (4, 37)])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_with_exact_tokens(library, options, exact):
+    keys, values = both_sides(64, 2, 200, batch=2, seed=9)
+    kept = None
+    if sum(exact):
+        kept = Exact(
+            *(drawn(2, 2, n, 64, seed=i) for i, n in enumerate(n for n in exact for _ in range(2)))
+        )
+    q = 2 * drawn(2, 4, 2, 64)
+    out, wanted = tile_attention(library, q, keys, values, 200, scaling=0.125, exact=kept, **options)
+    assert_near(out, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_is_below_that_of_torch_in_the_same_precision(library, dtype):
+    keys, values = both_sides(64, 2, 333, batch=2, seed=11)
+    q = drawn(2, 8, 1, 64, dtype=dtype)
+    exact = Exact(*(drawn(2, 2, n, 64, seed=i, dtype=dtype) for i, n in enumerate((2, 2, 9, 9))))
+    out, wanted = tile_attention(library, q, keys, values, 333, scaling=0.125, exact=exact)
+    decoded = [
+        torch.cat([first, Segment(333, coded=parts).decode(dtype), last], dim=2)
+        for first, parts, last in (
+            (exact.first_keys, keys, exact.last_keys),
+            (exact.first_values, values, exact.last_values),
+        )
+    ]
+    torch_out = torch.nn.functional.scaled_dot_product_attention(q, *decoded, scale=0.125, enable_gqa=True)
+    errors = [(x.double() - wanted).norm() for x in (out, torch_out.transpose(1, 2))]
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_growing_scores_move_the_reference(library):
+    """Later scores far above all earlier ones, and far below."""
+    keys, values = both_sides(64, 1, 640, seed=13)
+    for sign in (20.0, -20.0):
+        q = sign * drawn(1, 4, 1, 64)
+        out, wanted = tile_attention(library, q, keys, values, 640, scaling=0.5, workers=2)
+        assert_near(out, wanted, 3e-3)
+
+
+def test_runs_are_equal_and_leave_the_counters_at_zero(library):
+    keys, values = both_sides(64, 2, 300, batch=2)
+    q = drawn(2, 4, 1, 64)
+    call = attend_arguments(
+        q,
+        tiled(keys, "tokens", 300),
+        tiled(values, "coordinates", 300),
+        token_ranges(2, 1, 0, 300, 0),
+        scaling=0.125,
+        workers=12,
+        shape=SMALL,
+    )
+    once = run(library, call).clone()
+    assert torch.equal(run(library, call), once)
+    done = next(t for t in call.tensors if t.dtype == torch.int32 and t.shape == (2, 2))
+    assert not done.any()
