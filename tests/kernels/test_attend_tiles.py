@@ -1,24 +1,14 @@
 """The tile kernel, run on the CPU by an emulator of its intrinsics, against attention in plain torch."""
 
-import ctypes
-import shutil
-import subprocess
-from functools import cache
-from pathlib import Path
-
 import pytest
 import torch
 
 from kvsight.formats import Packed, Row
-from kvsight.ops.attend.cuda import Arguments, Exact, TiledTokens, attend_arguments, token_ranges
+from kvsight.ops.attend.cuda import SOURCE, Arguments, Exact, TiledTokens, attend_arguments, token_ranges
 from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
 from kvsight.ops.attend.tiles import fold
 from kvsight.packing import pack_row, unpack_row
 from kvsight.tiling import TOKENS, WIDTHS
-
-HERE = Path(__file__).parent
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 MIXES = (
     ((4, 4, 4, 4), (4, 4, 4, 4)),
@@ -29,23 +19,6 @@ MIXES = (
     ((1, 1, 1, 1), (1, 1, 1, 1)),
     ((4, 2, 1, 1), (2, 2, 2, 0)),
 )
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """The kernel compiled for the host: library(shape)."""
-    directory = tmp_path_factory.mktemp("kernels")
-
-    @cache
-    def build(shape):
-        out = directory / f"{abs(hash(shape))}.so"
-        macros = [f"-D{name}={value}" for name, value in shape.macros().items()]
-        kernel = f'-DKERNEL="{shape.source()}"'
-        command = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, kernel, "-o", str(out)]
-        subprocess.run([*command, str(HERE / "attend_tiles.cpp")], check=True)
-        return ctypes.CDLL(str(out))
-
-    return build
 
 
 def side(widths, tokens, batch, dim, seed):
@@ -86,11 +59,11 @@ def tiled(parts, rows, tokens, skip=0):
     return TiledTokens(folded, tuple(tiles), tokens, skip)
 
 
-def run(library, call):
+def run(emulated, call):
     shape = call.shape
     call.out.fill_(float("nan"))
-    arguments = Arguments(**call.values)
-    library(shape).launch(*call.grid, ctypes.byref(arguments), ctypes.c_long(shape.shared_bytes))
+    launch = emulated("attend_tiles.cpp", SOURCE, tuple(shape.macros().items()))
+    launch(call.grid, Arguments(**call.values), shape.shared_bytes)
     return call.out
 
 
@@ -98,7 +71,7 @@ SMALL = {"warps": 2, "ring": 32 * 1024}
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_every_mix_of_widths(library, mix):
+def test_every_mix_of_widths(emulated, mix):
     tokens = 200
     keys, values = (side([mix[i], mix[1 - i]], tokens, 2, 64, seed) for i, seed in ((0, 1), (1, 2)))
     q = torch.randn(2, 4, 1, 64, generator=torch.Generator().manual_seed(0))
@@ -113,7 +86,7 @@ def test_every_mix_of_widths(library, mix):
         workers=8,
         shape=SMALL,
     )
-    out = run(library, call)
+    out = run(emulated, call)
     assert (out - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
@@ -132,7 +105,7 @@ def both_sides(dim, heads, tokens, batch=1, seed=3):
     return (side([widths() for _ in range(heads)], tokens, batch, dim, seed + i) for i in range(2))
 
 
-def tile_attention(library, q, keys, values, tokens, shape=SMALL, workers=6, **options):
+def tile_attention(emulated, q, keys, values, tokens, shape=SMALL, workers=6, **options):
     """(the kernel's output, attention in plain torch in fp64)."""
     skip, exact = options.pop("skip", 0), options.pop("exact", None)
     hidden, window = options.pop("hidden", None), options.pop("window", None)
@@ -166,7 +139,7 @@ def tile_attention(library, q, keys, values, tokens, shape=SMALL, workers=6, **o
     if window is not None:
         mask = mask & (at > newest[:, None] - window)
     wanted = attend(q.double(), *segments, mask=mask, **options)
-    return run(library, call), wanted
+    return run(emulated, call), wanted
 
 
 def assert_near(out, wanted, limit=1e-3):
@@ -177,26 +150,26 @@ def assert_near(out, wanted, limit=1e-3):
 @pytest.mark.parametrize(
     ("group", "queries"), [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (16, 1), (1, 5), (4, 3)]
 )
-def test_query_heads_and_tokens(library, group, queries):
+def test_query_heads_and_tokens(emulated, group, queries):
     keys, values = both_sides(64, 2, 131)
     q = drawn(1, 2 * group, queries, 64)
-    out, wanted = tile_attention(library, q, keys, values, 131, scaling=0.125)
+    out, wanted = tile_attention(emulated, q, keys, values, 131, scaling=0.125)
     assert_near(out, wanted)
 
 
 @pytest.mark.parametrize("dim", [16, 80, 96, 128, 256])
-def test_head_dims(library, dim):
+def test_head_dims(emulated, dim):
     keys, values = both_sides(dim, 2, 70)
-    out, wanted = tile_attention(library, drawn(1, 4, 1, dim), keys, values, 70, scaling=dim**-0.5)
+    out, wanted = tile_attention(emulated, drawn(1, 4, 1, dim), keys, values, 70, scaling=dim**-0.5)
     assert_near(out, wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 63, 64, 65, 129, 400])
 @pytest.mark.parametrize("workers", [1, 7, 40])
-def test_any_number_of_tokens_and_splits(library, tokens, workers):
+def test_any_number_of_tokens_and_splits(emulated, tokens, workers):
     keys, values = both_sides(64, 2, tokens, seed=5)
     q = drawn(1, 8, 1, 64)
-    out, wanted = tile_attention(library, q, keys, values, tokens, scaling=0.125, workers=workers)
+    out, wanted = tile_attention(emulated, q, keys, values, tokens, scaling=0.125, workers=workers)
     assert_near(out, wanted)
 
 
@@ -211,7 +184,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("exact", [(0, 0), (1, 0), (0, 3), (4, 37)])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options_with_exact_tokens(library, options, exact):
+def test_options_with_exact_tokens(emulated, options, exact):
     keys, values = both_sides(64, 2, 200, batch=2, seed=9)
     kept = None
     if sum(exact):
@@ -219,16 +192,16 @@ def test_options_with_exact_tokens(library, options, exact):
             *(drawn(2, 2, n, 64, seed=i) for i, n in enumerate(n for n in exact for _ in range(2)))
         )
     q = 2 * drawn(2, 4, 2, 64)
-    out, wanted = tile_attention(library, q, keys, values, 200, scaling=0.125, exact=kept, **options)
+    out, wanted = tile_attention(emulated, q, keys, values, 200, scaling=0.125, exact=kept, **options)
     assert_near(out, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_error_is_below_that_of_torch_in_the_same_precision(library, dtype):
+def test_error_is_below_that_of_torch_in_the_same_precision(emulated, dtype):
     keys, values = both_sides(64, 2, 333, batch=2, seed=11)
     q = drawn(2, 8, 1, 64, dtype=dtype)
     exact = Exact(*(drawn(2, 2, n, 64, seed=i, dtype=dtype) for i, n in enumerate((2, 2, 9, 9))))
-    out, wanted = tile_attention(library, q, keys, values, 333, scaling=0.125, exact=exact)
+    out, wanted = tile_attention(emulated, q, keys, values, 333, scaling=0.125, exact=exact)
     decoded = [
         torch.cat([first, Segment(333, coded=parts).decode(dtype), last], dim=2)
         for first, parts, last in (
@@ -241,16 +214,16 @@ def test_error_is_below_that_of_torch_in_the_same_precision(library, dtype):
     assert errors[0] <= 2 * errors[1]
 
 
-def test_growing_scores_move_the_reference(library):
+def test_growing_scores_move_the_reference(emulated):
     """Later scores far above all earlier ones, and far below."""
     keys, values = both_sides(64, 1, 640, seed=13)
     for sign in (20.0, -20.0):
         q = sign * drawn(1, 4, 1, 64)
-        out, wanted = tile_attention(library, q, keys, values, 640, scaling=0.5, workers=2)
+        out, wanted = tile_attention(emulated, q, keys, values, 640, scaling=0.5, workers=2)
         assert_near(out, wanted, 3e-3)
 
 
-def test_runs_are_equal_and_leave_the_counters_at_zero(library):
+def test_runs_are_equal_and_leave_the_counters_at_zero(emulated):
     keys, values = both_sides(64, 2, 300, batch=2)
     q = drawn(2, 4, 1, 64)
     call = attend_arguments(
@@ -262,7 +235,7 @@ def test_runs_are_equal_and_leave_the_counters_at_zero(library):
         workers=12,
         shape=SMALL,
     )
-    once = run(library, call).clone()
-    assert torch.equal(run(library, call), once)
+    once = run(emulated, call).clone()
+    assert torch.equal(run(emulated, call), once)
     done = next(t for t in call.tensors if t.dtype == torch.int32 and t.shape == (2, 2))
     assert not done.any()

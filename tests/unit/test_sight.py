@@ -10,6 +10,7 @@ from kvsight.formats import Row
 from kvsight.methods import get
 from kvsight.methods.base import Budget
 from kvsight.methods.sight import rows
+from kvsight.ops.attend.tiles import tileable
 from kvsight.quantizers import lloyd_max
 from kvsight.quantizers.lloyd_max import gaussian
 from kvsight.retention import Retention
@@ -194,3 +195,16 @@ def test_chunks_divide_the_head(options):
 def test_widths_that_rows_cannot_have(widths):
     with pytest.raises(KVSightError, match="'widths' is any, or widths from 1 to 8"):
         maker(heavy_stats(), widths=widths)
+
+
+def test_tiles_are_what_kernels_read():
+    stats = heavy_stats()
+    fitted = maker(stats, layout="tiles")
+    for size in fitted.sizes:
+        for placement in fitted.place([size] * HEADS):
+            empty = placement.codec.encode(stats.sample[list(placement.heads), :0])
+            assert tileable(placement.codec.coded(placement.heads, empty))
+    free = maker(stats).place([8] * HEADS)[0]
+    assert not tileable(free.codec.coded(free.heads, free.codec.encode(stats.sample[list(free.heads)])))
+    with pytest.raises(KVSightError, match="'layout' is one of free, tiles; got 'rows'"):
+        maker(stats, layout="rows")

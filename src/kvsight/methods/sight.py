@@ -25,10 +25,17 @@ from kvsight.quantizers.lloyd_max import (
     row_quantizer,
 )
 from kvsight.stats import SideStats, shrunk
+from kvsight.tiling import CHUNK, WIDTHS
 from kvsight.transforms import Transform, centre, karhunen_loeve, scale
 from kvsight.waterfill import row_widths, share_bytes
 
 METRICS = ("output", "attention", "storage")
+# what the tile kernels read: evenly spaced levels, and chunks that are at most two blocks
+TILES: Mapping[str, Option] = {
+    "codebook": "uniform",
+    "chunk": CHUNK,
+    "widths": ",".join(str(width) for width in WIDTHS if width),
+}
 # D(b) of the Gaussian for levels that a sample chooses: close enough to order coordinates by
 _SHAPES = {**CODEBOOKS, "fitted": CODEBOOKS["gaussian"]}
 
@@ -132,6 +139,7 @@ class SightRows:
 
 def rows(side: Side, stats: SideStats, options: Mapping[str, Option]) -> SightRows:
     """Fit the coordinates of one side of a layer."""
+    options = laid_out(options)
     check(options, stats.dim)
     strength = float(options["shrink"])
     seen = {"output": stats.cost, "attention": stats.metric}
@@ -145,7 +153,7 @@ def build(
     side: Side, stats: SideStats, budget: Budget, options: Mapping[str, Option]
 ) -> tuple[Placement, ...]:
     """The layer's own best use of the budget."""
-    fitted = rows(side, stats, options)
+    fitted, options = rows(side, stats, options), laid_out(options)
     total, unit = row_bytes(stats, budget, options), unit_bytes(options)
     return fitted.place(share_bytes(fitted.variances, total, distortion(options), unit))
 
@@ -166,6 +174,12 @@ def row_bytes(stats: SideStats, budget: Budget, options: Mapping[str, Option]) -
             f"{8 * least / stats.dim:.4g}. Raise the budget, or keep fewer tokens exact."
         )
     return min(total, stats.heads * (stats.dim * MAX_WIDTH // 8))
+
+
+def laid_out(options: Mapping[str, Option]) -> Mapping[str, Option]:
+    """The options with what ``layout`` implies."""
+    choice("layout", options["layout"], ("free", "tiles"))
+    return {**options, **TILES} if options["layout"] == "tiles" else options
 
 
 def unit_bytes(options: Mapping[str, Option]) -> int:
@@ -224,6 +238,7 @@ METHOD = Method(
         "scales": "fitted",
         "metric": "output",
         "shrink": 0.001,
+        "layout": "free",
         "chunk": 1,
         "widths": "any",
     },

@@ -10,6 +10,9 @@ import torch
 
 from kvsight.errors import KVSightError
 
+# what kernels call the types of keys, values and queries
+NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
 
 @dataclass(frozen=True)
 class Kernel:

@@ -128,8 +128,12 @@ class RowQuantizer:
             rms = y.square().mean(dim=-1, keepdim=True).sqrt().clamp_max(largest).half()
             y = torch.where(rms > 0, y / rms.to(y), torch.zeros_like(y))
             norms = (rms,)
-        codes = self._nearest(y[..., : self.format.stored].float())
+        codes = self.codes(y)
         return Packed(self.format, (pack_row(codes, self.format.widths), *norms))
+
+    def codes(self, y: Tensor) -> Tensor:
+        """uint8 codes [..., H, n, stored] of coordinates [..., H, n, d], without packing (or norm)."""
+        return self._nearest(y[..., : self.format.stored].float())
 
     @cached_property
     def _edges(self) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from kvsight.errors import KVSightError
 from kvsight.ops.attend.tiles import FoldedTiles
-from kvsight.ops.nvrtc import compiled
+from kvsight.ops.nvrtc import NUMBERS, compiled
 from kvsight.tiling import CHUNK, TOKENS
 
-_SOURCE = Path(__file__).with_name("tiles.cu")
-_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SOURCE = Path(__file__).with_name("tiles.cu")
 _ROWS = 4
 _MOST_ROW_TILES = 4
 
@@ -74,10 +73,6 @@ class Shape:
             "RING": self.ring,
             "BLOCKS": self.blocks,
         }
-
-    @staticmethod
-    def source() -> Path:
-        return _SOURCE
 
     @property
     def shared_bytes(self) -> int:
@@ -183,7 +178,7 @@ def attend_arguments(  # noqa: PLR0913
         raise KVSightError(f"a launch takes {_ROWS * _MOST_ROW_TILES} query rows a KV head; got {rows}.")
     kept = _no_exact(q, heads) if exact is None else exact
     made = Shape(
-        dim, keys.folded.blocks, values.folded.blocks, row_tiles, _NUMBERS[q.dtype], **(shape or {})
+        dim, keys.folded.blocks, values.folded.blocks, row_tiles, NUMBERS[q.dtype], **(shape or {})
     )
     first, last = kept.first_keys.shape[2], kept.last_keys.shape[2]
     items = torch.tensor(_items(keys, values, workers // batch, first + last > 0), dtype=torch.int32)
@@ -262,6 +257,6 @@ def _items(keys: TiledTokens, values: TiledTokens, workers: int, exact: bool) ->
 def attend_tiles(call: Call) -> Tensor:
     """Queue a prepared launch on the current stream; [B, Q, Hq, d]."""
     shape = call.shape
-    kernel = compiled(_SOURCE, "attend_tiles", tuple(shape.macros().items()), shape.shared_bytes)
+    kernel = compiled(SOURCE, "attend_tiles", tuple(shape.macros().items()), shape.shared_bytes)
     kernel.launch(call.grid, 32 * shape.warps, Arguments(**call.values))
     return call.out

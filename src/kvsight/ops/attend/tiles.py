@@ -42,7 +42,7 @@ class FoldedTiles:
 def tileable(coded: Coded) -> bool:
     """Whether these heads can be held in tiles: chunks of one width, even levels, no norms."""
     form = coded.packed.format
-    return isinstance(form, Row) and tiled_widths(form) is not None and _steps(coded) is not None
+    return isinstance(form, Row) and tiled_widths(form) is not None and steps(coded) is not None
 
 
 def tiled_widths(form: Row) -> tuple[int, ...] | None:
@@ -66,23 +66,25 @@ def fold(coded: Sequence[Coded], rows: Rows) -> FoldedTiles:
     Raises ``KVSightError`` for heads that are not ``tileable``.
     """
     heads = {head: (part, i) for part in coded for i, head in enumerate(part.heads)}
-    tilings = {part: _tiling(part, rows) for part in coded}
-    columns = CHUNK * most_blocks(list(tilings.values()))
-    matrices, shifts = zip(
-        *(_fold_head(*heads[head], tilings[heads[head][0]], columns) for head in sorted(heads)), strict=True
-    )
+    tilings = {id(part): tiling_of(part, rows) for part in coded}
+    order = [tilings[id(heads[head][0])] for head in sorted(heads)]
+    columns = CHUNK * most_blocks(order)
+    pairs = zip(sorted(heads), order, strict=True)
+    folded = [_fold_head(*heads[head], tiling, columns) for head, tiling in pairs]
+    matrices, shifts = zip(*folded, strict=True)
     matrix = torch.stack(matrices)
     return FoldedTiles(
-        tuple(tilings[heads[head][0]] for head in sorted(heads)),
+        tuple(order),
         (matrix.mT if rows == "tokens" else matrix).contiguous(),
         torch.stack(shifts),
     )
 
 
-def _tiling(coded: Coded, rows: Rows) -> Tiling:
+def tiling_of(coded: Coded, rows: Rows) -> Tiling:
+    """How tiles of these heads lie; raises ``KVSightError`` for heads that are not ``tileable``."""
     form = coded.packed.format
     widths = tiled_widths(form) if isinstance(form, Row) else None
-    if widths is None or _steps(coded) is None:
+    if widths is None or steps(coded) is None:
         raise KVSightError(
             f"{form.name} cannot be held in tiles: they want evenly spaced levels and chunks of {CHUNK} "
             "coordinates of one width. Fit with the option layout=tiles."
@@ -90,7 +92,7 @@ def _tiling(coded: Coded, rows: Rows) -> Tiling:
     return Tiling(widths, rows)
 
 
-def _steps(coded: Coded) -> tuple[Tensor, Tensor] | None:
+def steps(coded: Coded) -> tuple[Tensor, Tensor] | None:
     """Lowest level and step of every stored coordinate [H or 1, stored], fp64; None for uneven levels."""
     levels, starts = (t.double() for t in coded.tables)
     widths = torch.tensor([w for w in coded.packed.format.widths if w], device=levels.device)  # type: ignore[attr-defined]
@@ -107,7 +109,7 @@ def _steps(coded: Coded) -> tuple[Tensor, Tensor] | None:
 
 def _fold_head(coded: Coded, head: int, tiling: Tiling, columns: int) -> tuple[Tensor, Tensor]:
     """(columns x d, d) of one head, fp32."""
-    found = _steps(coded)
+    found = steps(coded)
     assert found is not None
     first, step = (t[min(head, len(t) - 1)] for t in found)
     dim = coded.packed.format.dim

@@ -1,0 +1,33 @@
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """A kernel compiled for the host: emulated(harness, source, macros) gives launch(...)."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    directory = tmp_path_factory.mktemp("kernels")
+
+    @cache
+    def build(harness, source, macros):
+        out = directory / f"{harness}{abs(hash(macros))}.so"
+        options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f'-DKERNEL="{source}"']
+        defined = [f"-D{name}={value}" for name, value in macros]
+        subprocess.run([compiler, *options, *defined, "-o", out, HERE / harness], check=True)
+        library = ctypes.CDLL(str(out))
+
+        def launch(grid, arguments, shared_bytes):
+            library.launch(*grid, ctypes.byref(arguments), ctypes.c_long(shared_bytes))
+
+        return launch
+
+    return build
