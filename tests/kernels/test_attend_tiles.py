@@ -7,6 +7,7 @@ from kvsight.formats import Packed, Row
 from kvsight.ops.attend.cuda import SOURCE, Arguments, Exact, TiledTokens, attend_arguments, token_ranges
 from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
 from kvsight.ops.attend.tiles import fold
+from kvsight.ops.attend.tiles_ref import attend_tiles_ref
 from kvsight.packing import pack_row, unpack_row
 from kvsight.tiling import TOKENS, WIDTHS
 
@@ -113,16 +114,8 @@ def tile_attention(emulated, q, keys, values, tokens, shape=SMALL, workers=6, **
     seen = tokens - skip
     queries = q.shape[2]
     ranges = token_ranges(len(q), queries, first, seen, last, skip=skip, hidden=hidden, window=window)
-    call = attend_arguments(
-        q,
-        tiled(keys, "tokens", tokens, skip),
-        tiled(values, "coordinates", tokens, skip),
-        ranges,
-        exact=exact,
-        workers=workers,
-        shape=shape,
-        **options,
-    )
+    sides = tiled(keys, "tokens", tokens, skip), tiled(values, "coordinates", tokens, skip)
+    call = attend_arguments(q, *sides, ranges, exact=exact, workers=workers, shape=shape, **options)
     segments = [[], []]
     for i, parts in enumerate((keys, values)):
         if first:
@@ -139,6 +132,8 @@ def tile_attention(emulated, q, keys, values, tokens, shape=SMALL, workers=6, **
     if window is not None:
         mask = mask & (at > newest[:, None] - window)
     wanted = attend(q.double(), *segments, mask=mask, **options)
+    twin = attend_tiles_ref(q.double(), *sides, ranges, exact=exact, **options)
+    torch.testing.assert_close(twin, wanted, atol=1e-4, rtol=1e-4)
     return run(emulated, call), wanted
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from kvsight.codec import Codec
-from kvsight.ops.encode.tiles import SOURCE, Encoder, TileWriter, fold_encoder, shared_bytes
+from kvsight.ops.encode.tiles import (
+    SOURCE,
+    Encoder,
+    TileWriter,
+    fold_encoder,
+    shared_bytes,
+    write_tiles_ref,
+)
 from kvsight.quantizers.lloyd_max import row_quantizer, uniform
 from kvsight.tiling import TOKENS
 from kvsight.transforms import centre, linear
@@ -43,27 +50,26 @@ def fractions(codec, x):
 @pytest.mark.parametrize("first", [0, 2])
 def test_new_tokens_join_their_tiles(emulated, start, count, first, dtype):
     batch, heads = 2, len(WIDTHS)
-    sides = [
-        layer(w, seed, rows) for w, seed, rows in ((WIDTHS, 0, "tokens"), (WIDTHS[::-1], 50, "coordinates"))
-    ]
+    chosen = ((WIDTHS, 0, "tokens"), (WIDTHS[::-1], 50, "coordinates"))
+    sides = [layer(*choice) for choice in chosen]
     draw = torch.Generator().manual_seed(start)
-    x = [
-        torch.randn(batch, start + count, heads, DIM, generator=draw).to(dtype).transpose(1, 2)
-        for _ in sides
-    ]
+    shape = (batch, start + count, heads, DIM)
+    x = [torch.randn(shape, generator=draw).to(dtype).transpose(1, 2) for _ in sides]
     length = -(-(start + count) // TOKENS)
     tiles, before = [], []
-    for (codecs, folded), tokens in zip(sides, x, strict=True):
-        for head, (codec, tiling) in enumerate(zip(codecs, folded.tilings, strict=True)):
-            noise = torch.randint(
-                0, 256, (batch, length * TOKENS, tiling.stored), generator=draw, dtype=torch.uint8
-            )
+    for codecs, folded in sides:
+        for codec, tiling in zip(codecs, folded.tilings, strict=True):
+            shape = (batch, length * TOKENS, tiling.stored)
+            noise = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
             codes = noise & torch.tensor([2**w - 1 for w in codec.format.widths if w], dtype=torch.uint8)
             before.append(codes)
             tiles.append(tiling.pack(codes))
     writer = TileWriter.of(sides[0][1], sides[1][1], tiles[:heads], tiles[heads:])
     new = [tokens[:, :, start:] for tokens in x]
     seen = torch.tensor([start + count + first], dtype=torch.int32)
+    twins = [tile.clone() for tile in tiles]
+    encoders = sides[0][1], sides[1][1]
+    write_tiles_ref(encoders, (twins[:heads], twins[heads:]), *new, start)
     launch = emulated("encode_tiles.cpp", SOURCE, writer.macros(dtype))
     launch(writer.grid(batch), writer.arguments(*new, seen, first), shared_bytes(DIM))
     for i, (codes, packed) in enumerate(zip(before, tiles, strict=True)):
@@ -75,6 +81,8 @@ def test_new_tokens_join_their_tiles(emulated, start, count, first, dtype):
         apart = got[:, start : start + count].int() - wanted.int()
         clear = fractions(codecs[head], own)[:, 0].abs() > 1e-4
         assert not apart[clear].any()
+        twin = encoders[i // heads].tilings[head].unpack(twins[i])[:, start : start + count]
+        assert torch.equal(twin[clear], wanted[clear])
         assert apart.abs().max() <= 1
         # nothing else moved
         codes[:, start : start + count] = got[:, start : start + count]

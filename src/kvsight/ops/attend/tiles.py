@@ -18,6 +18,7 @@ from kvsight.ops.attend.ref import Coded
 from kvsight.tiling import CHUNK, WIDTHS, Block, Rows, Tiling
 
 _EVEN = 1e-4
+_BLOCKS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class FoldedTiles:
 
     Keys: q @ matrix[h] are the factors of a query's score, [H, d, columns]; ``shift`` [H, d] is what codes
     of zero decode to. Values: sums @ matrix[h] is the output of weighted sums, [H, columns, d].
-    ``columns`` is 16 times the most blocks of any head.
+    ``columns`` is 16 times ``blocks``.
     """
 
     tilings: tuple[Tiling, ...]
@@ -35,7 +36,7 @@ class FoldedTiles:
 
     @property
     def blocks(self) -> int:
-        """The most blocks of any head, at least one."""
+        """Blocks that the matrix has room for."""
         return most_blocks(self.tilings)
 
 
@@ -56,8 +57,9 @@ def tiled_widths(form: Row) -> tuple[int, ...] | None:
 
 
 def most_blocks(tilings: Sequence[Tiling]) -> int:
-    """The most blocks of any head, at least one."""
-    return max(1, *(len(tiling.blocks) for tiling in tilings))
+    """The most blocks of any head, rounded up so that few kernels serve all layers."""
+    most = max(1, *(len(tiling.blocks) for tiling in tilings))
+    return -(-most // _BLOCKS) * _BLOCKS
 
 
 def fold(coded: Sequence[Coded], rows: Rows) -> FoldedTiles:

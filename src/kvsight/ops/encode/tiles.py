@@ -17,7 +17,7 @@ from torch import Tensor
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import most_blocks, steps, tiling_of
 from kvsight.ops.nvrtc import NUMBERS, compiled
-from kvsight.tiling import CHUNK, Rows, Tiling
+from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling
 
 SOURCE = Path(__file__).with_name("tiles.cu")
 _BATCH = 4
@@ -151,3 +151,24 @@ def _heads(side: FoldedEncoder, tiles: Sequence[Tensor], blocks: int) -> Tensor:
         words = [low | high << 32 for low, high in zip(halves[::2], halves[1::2], strict=True)]
         rows.append([own.data_ptr(), own.stride(0), *words])
     return torch.tensor(rows, dtype=torch.int64, device=tiles[0].device)
+
+
+def write_tiles_ref(
+    sides: tuple[FoldedEncoder, FoldedEncoder],
+    tiles: tuple[Sequence[Tensor], Sequence[Tensor]],
+    k: Tensor,
+    v: Tensor,
+    at: int,
+) -> None:
+    """``TileWriter.write`` in plain torch: tokens [B, H, n, d] become coded tokens ``at`` and behind."""
+    from_tile, to_tile = at // TOKENS, -(-(at + k.shape[2]) // TOKENS)
+    for side, own, x in zip(sides, tiles, (k, v), strict=True):
+        for head, (tiling, held) in enumerate(zip(side.tilings, own, strict=True)):
+            real = x[:, head].to(side.map) @ side.map[head] + side.shift[head]
+            limits = [2**width - 1 for width in tiling.widths if width for _ in range(CHUNK)]
+            most = torch.tensor(limits, device=x.device, dtype=real.dtype)
+            new = (real[..., : tiling.stored] - 0.5).ceil().clamp_min(0).minimum(most).to(torch.uint8)
+            codes = tiling.unpack(held[:, from_tile:to_tile])
+            start = at - from_tile * TOKENS
+            codes[:, start : start + new.shape[1]] = new
+            held[:, from_tile:to_tile] = tiling.pack(codes)
