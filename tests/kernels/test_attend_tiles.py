@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvsight.formats import Packed, Row
-from kvsight.ops.attend.cuda import SOURCE, Arguments, Exact, TiledTokens, attend_arguments, token_ranges
+from kvsight.ops.attend.cuda import SOURCE, Arguments, Exact, TiledTokens, TileReader, token_ranges
 from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
 from kvsight.ops.attend.tiles import fold
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
@@ -68,6 +68,11 @@ def run(emulated, call):
     return call.out
 
 
+def prepared(q, keys, values, ranges, *, scaling, **options):
+    reader = TileReader.of(keys, values, scaling)
+    return reader.call(q, keys.tokens, ranges, skip=keys.skip, scaling=scaling, **options)
+
+
 SMALL = {"warps": 2, "ring": 32 * 1024}
 
 
@@ -78,7 +83,7 @@ def test_every_mix_of_widths(emulated, mix):
     q = torch.randn(2, 4, 1, 64, generator=torch.Generator().manual_seed(0))
     segments = [(Segment(tokens, coded=part),) for part in (keys, values)]
     wanted = attend(q.double(), *segments, scaling=0.125)
-    call = attend_arguments(
+    call = prepared(
         q,
         tiled(keys, "tokens", tokens),
         tiled(values, "coordinates", tokens),
@@ -115,7 +120,7 @@ def tile_attention(emulated, q, keys, values, tokens, shape=SMALL, workers=6, **
     queries = q.shape[2]
     ranges = token_ranges(len(q), queries, first, seen, last, skip=skip, hidden=hidden, window=window)
     sides = tiled(keys, "tokens", tokens, skip), tiled(values, "coordinates", tokens, skip)
-    call = attend_arguments(q, *sides, ranges, exact=exact, workers=workers, shape=shape, **options)
+    call = prepared(q, *sides, ranges, exact=exact, workers=workers, shape=shape, **options)
     segments = [[], []]
     for i, parts in enumerate((keys, values)):
         if first:
@@ -221,7 +226,7 @@ def test_growing_scores_move_the_reference(emulated):
 def test_runs_are_equal_and_leave_the_counters_at_zero(emulated):
     keys, values = both_sides(64, 2, 300, batch=2)
     q = drawn(2, 4, 1, 64)
-    call = attend_arguments(
+    call = prepared(
         q,
         tiled(keys, "tokens", 300),
         tiled(values, "coordinates", 300),
@@ -232,5 +237,5 @@ def test_runs_are_equal_and_leave_the_counters_at_zero(emulated):
     )
     once = run(emulated, call).clone()
     assert torch.equal(run(emulated, call), once)
-    done = next(t for t in call.tensors if t.dtype == torch.int32 and t.shape == (2, 2))
-    assert not done.any()
+    done = next(t for t in call.tensors if t.data_ptr() == call.values["done"])
+    assert done.shape == (4,) and not done.any()

@@ -1,8 +1,10 @@
 """Decode attention on tiles on NVIDIA GPUs: one launch of ``tiles.cu``, compiled at run time."""
 
 import ctypes
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from kvsight.tiling import CHUNK, TOKENS
 SOURCE = Path(__file__).with_name("tiles.cu")
 _ROWS = 4
 _MOST_ROW_TILES = 4
+MOST_ROWS = _ROWS * _MOST_ROW_TILES
 
 _POINTERS = (
     "query",
@@ -149,74 +152,100 @@ def token_ranges(  # noqa: PLR0913
     return torch.stack(bounds, dim=-1).int()
 
 
-def attend_arguments(  # noqa: PLR0913
-    q: Tensor,
-    keys: TiledTokens,
-    values: TiledTokens,
-    ranges: Tensor,
-    *,
-    scaling: float,
-    exact: Exact | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    workers: int = 132,
-    shape: Mapping[str, int] | None = None,
-) -> Call:
-    """Prepare a launch.
+@dataclass(frozen=True, eq=False)
+class TileReader:
+    """What stays the same from launch to launch while tiles stay where they are."""
 
-    Args:
-        q: [B, Hq, Q, d] with Q · Hq / H at most 16, contiguous.
-        ranges: as from ``token_ranges``, on q's device.
-        workers: blocks of threads to share the work among, about.
-        shape: settings of ``Shape`` to use instead of its defaults.
-    """
-    batch, query_heads, queries, dim = q.shape
-    heads = len(keys.tiles)
-    rows = query_heads // heads * queries
-    row_tiles = -(-rows // _ROWS)
-    if row_tiles > _MOST_ROW_TILES:
-        raise KVSightError(f"a launch takes {_ROWS * _MOST_ROW_TILES} query rows a KV head; got {rows}.")
-    kept = _no_exact(q, heads) if exact is None else exact
-    made = Shape(
-        dim, keys.folded.blocks, values.folded.blocks, row_tiles, NUMBERS[q.dtype], **(shape or {})
-    )
-    first, last = kept.first_keys.shape[2], kept.last_keys.shape[2]
-    items = torch.tensor(_items(keys, values, workers // batch, first + last > 0), dtype=torch.int32)
-    width = max(CHUNK * made.value_blocks, dim)
-    tensors = {
-        "query": q,
-        "heads": _heads(keys, values).to(q.device),
-        "fold": keys.folded.matrix * (scaling * 1.4426950408889634),
-        "fold_shift": keys.folded.shift * (scaling * 1.4426950408889634),
-        "unfold": values.folded.matrix,
-        "unfold_shift": values.folded.shift,
-        "items": items.to(q.device),
-        "ranges": ranges.contiguous(),
-        "first_keys": kept.first_keys.to(q.dtype).contiguous(),
-        "first_values": kept.first_values.to(q.dtype).contiguous(),
-        "last_keys": kept.last_keys.to(q.dtype).contiguous(),
-        "last_values": kept.last_values.to(q.dtype).contiguous(),
-        "sink_logits": None if sink_logits is None else sink_logits.float().contiguous(),
-        "out": q.new_empty(batch, queries, query_heads, dim),
-        "partial": q.new_empty(batch, len(items), _ROWS * row_tiles, width, dtype=torch.float32),
-        "masses": q.new_empty(batch, len(items), _ROWS * row_tiles, 2, dtype=torch.float32),
-        "done": q.new_zeros(batch, heads, dtype=torch.int32),
-    }
-    numbers = {
-        "scaling": scaling,
-        "softcap": 0.0 if softcap is None else softcap,
-        "head_count": heads,
-        "item_count": len(items),
-        "rows": rows,
-        "queries": queries,
-        "first": first,
-        "last": last,
-    }
-    pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
-    alive = (*(t for t in tensors.values() if t is not None), *keys.tiles, *values.tiles)
-    out = tensors["out"]
-    assert out is not None
-    return Call(made, (len(items), batch, 1), {**pointers, **numbers}, alive, out)
+    sides: tuple[FoldedTiles, FoldedTiles]
+    heads: Tensor
+    fold: Tensor
+    fold_shift: Tensor
+    tiles: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, keys: TiledTokens, values: TiledTokens, scaling: float) -> "TileReader":
+        """For the tiles of both sides, and scores that are scaled by ``scaling``."""
+        log2 = scaling * math.log2(math.e)
+        folded = keys.folded
+        return cls(
+            (folded, values.folded),
+            _heads(keys, values).to(folded.matrix.device),
+            folded.matrix * log2,
+            folded.shift * log2,
+            (*keys.tiles, *values.tiles),
+        )
+
+    def call(  # noqa: PLR0913
+        self,
+        q: Tensor,
+        tokens: int,
+        ranges: Tensor,
+        *,
+        scaling: float,
+        skip: int = 0,
+        exact: Exact | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        workers: int = 132,
+        shape: Mapping[str, int] | None = None,
+    ) -> Call:
+        """Prepare a launch.
+
+        Args:
+            q: [B, Hq, Q, d] with Q · Hq / H at most 16, contiguous.
+            tokens, skip: stored coded tokens, and how many of the first are no longer visible.
+            ranges: as from ``token_ranges``, on q's device.
+            workers: blocks of threads to share the work among, about.
+            shape: settings of ``Shape`` to use instead of its defaults.
+        """
+        batch, query_heads, queries, dim = q.shape
+        heads = len(self.sides[0].tilings)
+        rows = query_heads // heads * queries
+        row_tiles = -(-rows // _ROWS)
+        if row_tiles > _MOST_ROW_TILES:
+            raise KVSightError(f"a launch takes {MOST_ROWS} query rows a KV head; got {rows}.")
+        kept = _no_exact(q, heads) if exact is None else exact
+        first, last = kept.first_keys.shape[2], kept.last_keys.shape[2]
+        blocks = [side.blocks for side in self.sides]
+        made = Shape(dim, blocks[0], blocks[1], row_tiles, NUMBERS[q.dtype], **(shape or {}))
+        sizes = tuple(k.nbytes + v.nbytes for k, v in zip(*(s.tilings for s in self.sides), strict=True))
+        tiles = max(1, -(-tokens // TOKENS) - skip // TOKENS)
+        items = _items(sizes, tiles, max(1, workers // batch), first + last > 0, q.device)
+        room = (batch, len(items), _ROWS * row_tiles)
+        tensors = {
+            "query": q,
+            "heads": self.heads,
+            "fold": self.fold,
+            "fold_shift": self.fold_shift,
+            "unfold": self.sides[1].matrix,
+            "unfold_shift": self.sides[1].shift,
+            "items": items,
+            "ranges": ranges.contiguous(),
+            "first_keys": kept.first_keys.to(q.dtype).contiguous(),
+            "first_values": kept.first_values.to(q.dtype).contiguous(),
+            "last_keys": kept.last_keys.to(q.dtype).contiguous(),
+            "last_values": kept.last_values.to(q.dtype).contiguous(),
+            "sink_logits": None if sink_logits is None else sink_logits.float().contiguous(),
+            "out": q.new_empty(batch, queries, query_heads, dim),
+            "partial": q.new_empty(*room, max(CHUNK * blocks[1], dim), dtype=torch.float32),
+            "masses": q.new_empty(*room, 2, dtype=torch.float32),
+            "done": _counters(batch * heads, q.device),
+        }
+        numbers = {
+            "scaling": scaling,
+            "softcap": 0.0 if softcap is None else softcap,
+            "head_count": heads,
+            "item_count": len(items),
+            "rows": rows,
+            "queries": queries,
+            "first": first,
+            "last": last,
+        }
+        pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+        alive = (*(t for t in tensors.values() if t is not None), *self.tiles)
+        out = tensors["out"]
+        assert out is not None
+        return Call(made, (len(items), batch, 1), {**pointers, **numbers}, alive, out)
 
 
 def _no_exact(q: Tensor, heads: int) -> Exact:
@@ -241,17 +270,22 @@ def _counts(side: TiledTokens, head: int) -> list[int]:
     return [sizes.count(size) for size in (4, 2, 1)]
 
 
-def _items(keys: TiledTokens, values: TiledTokens, workers: int, exact: bool) -> list[list[int]]:
-    """The kernel's ``Item`` of every block: splits in proportion to what each head reads."""
-    sizes = [k.nbytes + v.nbytes for k, v in zip(keys.folded.tilings, values.folded.tilings, strict=True)]
-    tiles = max(1, -(-keys.tokens // TOKENS) - keys.skip // TOKENS)
+@lru_cache(maxsize=4096)
+def _items(sizes: tuple[int, ...], tiles: int, workers: int, exact: bool, device: torch.device) -> Tensor:
+    """The kernel's ``Item`` of every block, int32 [n, 4]: splits in proportion to what each head reads."""
     out: list[list[int]] = []
     slot = 0
     for head, size in enumerate(sizes):
         coded = min(tiles, max(1, round(workers * size / max(1, sum(sizes)))))
         out += [[head, split, coded, slot] for split in range(coded + exact)]
         slot += coded + exact
-    return out
+    return torch.tensor(out, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=64)
+def _counters(count: int, device: torch.device) -> Tensor:
+    # every launch leaves them at zero
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def attend_tiles(call: Call) -> Tensor:
