@@ -2,12 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from kvsight.cache.side import segments as segments_of
+from kvsight.cache.tiles import Tiles
 from kvsight.ops.attend.ref import Segment
 from kvsight.plan import Plan
 
@@ -21,6 +24,8 @@ class Reads:
         self.plan = plan
         self.packed = 0
         self.decoded = 0
+        self._mask: Tensor | None = None
+        self._padding: Tensor | None = None
 
     def on_decode(self) -> None:
         """Count; warn the first time."""
@@ -32,6 +37,15 @@ class Reads:
                 stacklevel=2,
             )
 
+    def padding(self, mask: Tensor) -> Tensor | None:
+        """How many first tokens of each sequence a mask hides, [B] on the CPU, if that is all it does.
+
+        Layers of one step share a mask, so it is looked at once.
+        """
+        if self._mask is not mask:
+            self._mask, self._padding = mask, left_padding(mask)
+        return self._padding
+
     def __deepcopy__(self, memo: dict[int, object]) -> "Reads":
         fresh = Reads(self.plan)
         # a copy of a cache that already warned does not warn again
@@ -39,26 +53,60 @@ class Reads:
         return fresh
 
 
-class PackedKV(Tensor):
-    """[B, H, S, d] of one layer's keys or values, held as segments.
+def left_padding(mask: Tensor) -> Tensor | None:
+    """[B] hidden first tokens of a causal mask [B, 1, Q, S]; None where it hides anything else."""
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    if mask.shape[1] != 1:
+        return None
+    queries, tokens = mask.shape[2:]
+    at = torch.arange(tokens, device=mask.device)
+    hidden = (~visible[:, 0, -1]).sum(-1)
+    newest = tokens - queries + torch.arange(queries, device=mask.device)
+    plain = (at >= hidden.view(-1, 1, 1)) & (at <= newest.unsqueeze(-1))
+    return hidden.cpu() if bool((visible[:, 0] == plain).all()) else None
 
-    Our attention function reads ``segments``; any other operation gets the decoded tensor, made once
-    per update and counted in ``reads``.
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a handle stands for: segments, or one side of tiles as they are until the next update."""
+
+    tokens: int
+    segments: Callable[[], tuple[Segment, ...]]
+    tiles: Tiles | None = None
+
+    @classmethod
+    def in_segments(cls, segments: tuple[Segment, ...]) -> "Held":
+        return cls(sum(segment.tokens for segment in segments), lambda: segments)
+
+    @classmethod
+    def in_tiles(cls, tiles: Tiles, side: int) -> "Held":
+        return cls(tiles.first + tiles.tokens, lambda: segments_of(tiles.states()[side]), tiles)
+
+
+class PackedKV(Tensor):
+    """[B, H, S, d] of one layer's keys or values, held packed.
+
+    Our attention function reads what is ``held``; any other operation gets the decoded tensor, made
+    once per update and counted in ``reads``.
     """
 
-    segments: tuple[Segment, ...]
+    held: Held
     reads: Reads
 
     @staticmethod
-    def __new__(cls, segments: tuple[Segment, ...], like: Tensor, reads: Reads) -> "PackedKV":
-        tokens = sum(segment.tokens for segment in segments)
-        shape = (like.shape[0], like.shape[1], tokens, like.shape[3])
+    def __new__(cls, held: Held, like: Tensor, reads: Reads) -> "PackedKV":
+        shape = (like.shape[0], like.shape[1], held.tokens, like.shape[3])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
-    def __init__(self, segments: tuple[Segment, ...], like: Tensor, reads: Reads) -> None:
-        self.segments = segments
+    def __init__(self, held: Held, like: Tensor, reads: Reads) -> None:
+        self.held = held
         self.reads = reads
         self._decoded: Tensor | None = None
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The tokens in order; made from tiles where they are held so."""
+        return self.held.segments()
 
     def decode(self) -> Tensor:
         """The decoded tensor, contiguous."""

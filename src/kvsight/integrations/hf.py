@@ -22,8 +22,9 @@ from transformers.cache_utils import (
 from kvsight.atomic import replace_file
 from kvsight.cache import side as sides
 from kvsight.cache.monitor import Monitor, monitored
-from kvsight.cache.packed import PackedKV, Reads
+from kvsight.cache.packed import Held, PackedKV, Reads
 from kvsight.cache.side import SideState
+from kvsight.cache.tiles import MOST_NEW, Tiles, fits_tiles, ready
 from kvsight.drift import Drift
 from kvsight.errors import KVSightError
 from kvsight.fingerprint import check_model, fingerprint
@@ -54,10 +55,12 @@ class PackedLayer(CacheLayerMixin):
         reads: Reads,
         raw_prefill: bool,
         monitor: Monitor | None = None,
+        tiled: bool | None = False,
     ) -> None:
         super().__init__()
         self.plan, self.layer, self.reads, self.raw_prefill = plan, layer, reads, raw_prefill
-        self.monitor = monitor
+        self.monitor, self.tiled = monitor, tiled
+        self.tiles: Tiles | None = None
         self.key_state: SideState | None = None
         self.value_state: SideState | None = None
         self.cumulative_length = 0
@@ -68,6 +71,8 @@ class PackedLayer(CacheLayerMixin):
         self.key_state = sides.start(self.layer.key, retention, dense, key_states)
         self.value_state = sides.start(self.layer.value, retention, dense, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
+        wanted = key_states.is_cuda if self.tiled is None else self.tiled
+        self.fits_tiles = wanted and fits_tiles(self.key_state, self.value_state)
         self.is_initialized = True
 
     def update(
@@ -76,6 +81,9 @@ class PackedLayer(CacheLayerMixin):
         """Code the new tokens; return handles to all visible ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._in_tiles(key_states.shape[2]):
+            return self._update_tiles(key_states, value_states)
+        self._in_rows()
         assert self.key_state is not None and self.value_state is not None
         before = self.key_state, self.value_state
         key = sides.append(self.key_state, key_states)
@@ -95,6 +103,32 @@ class PackedLayer(CacheLayerMixin):
             self._handle(sides.segments(value, last), value_states),
         )
 
+    def _in_tiles(self, new: int) -> bool:
+        """Whether an update of this many tokens goes to tiles, where the others are then."""
+        if new > (1 if self.raw_prefill else MOST_NEW) or not self.fits_tiles:
+            return False
+        if self.tiles is None and self.key_state is not None and self.value_state is not None:
+            if not ready(self.key_state, self.value_state):
+                return False
+            self.tiles = Tiles(self.key_state, self.value_state)
+            self.key_state = self.value_state = None
+        return self.tiles is not None
+
+    def _in_rows(self) -> None:
+        """Give tokens in tiles back to rows, which all operations but appending want."""
+        if self.tiles is not None:
+            self.key_state, self.value_state = self.tiles.states()
+            self.tiles = None
+
+    def _update_tiles(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.tiles is not None
+        self.tiles.append(key_states, value_states)
+        self.cumulative_length += key_states.shape[2]
+        return (
+            PackedKV(Held.in_tiles(self.tiles, 0), key_states, self.reads),
+            PackedKV(Held.in_tiles(self.tiles, 1), value_states, self.reads),
+        )
+
     def _look(self, monitor: Monitor, key_states: Tensor, value_states: Tensor) -> None:
         assert self.key_state is not None and self.value_state is not None
         # the states hold the placements where the tensors are
@@ -110,7 +144,7 @@ class PackedLayer(CacheLayerMixin):
     def _handle(self, segments: tuple[Segment, ...], like: Tensor, fresh: Tensor | None = None) -> PackedKV:
         if fresh is not None:
             segments = (*segments, Segment(fresh.shape[2], dense=fresh))
-        return PackedKV(segments, like, self.reads)
+        return PackedKV(Held.in_segments(segments), like, self.reads)
 
     def _retain(self, state: SideState) -> SideState:
         return state
@@ -133,10 +167,12 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
+        if self.tiles is not None:
+            return self.tiles.nbytes
         return sum(state.nbytes for state in (self.key_state, self.value_state) if state is not None)
 
     def reset(self) -> None:
-        self.key_state = self.value_state = None
+        self.key_state = self.value_state = self.tiles = None
         self.cumulative_length = 0
         self.is_initialized = False
 
@@ -168,6 +204,7 @@ class PackedLayer(CacheLayerMixin):
             self._each(lambda state: sides.move(state, self.device))
 
     def _each(self, change: Any) -> None:
+        self._in_rows()
         if self.key_state is not None and self.value_state is not None:
             self.key_state, self.value_state = change(self.key_state), change(self.value_state)
 
@@ -184,8 +221,9 @@ class PackedSlidingLayer(PackedLayer):
         reads: Reads,
         raw_prefill: bool,
         monitor: Monitor | None = None,
+        tiled: bool | None = False,
     ) -> None:
-        super().__init__(plan, layer, reads, raw_prefill, monitor)
+        super().__init__(plan, layer, reads, raw_prefill, monitor, tiled)
         assert layer.window is not None
         self.sliding_window = layer.window
         self.record_past = False
@@ -233,6 +271,8 @@ class PackedCache(Cache):
             other uncompressed, as most serving engines do.
         monitor: compare some of the tokens of every call of more than one with the calibration, and log
             a warning when they are unlike it; ``drift`` has the figures.
+        tiles: hold tokens in tiles while at most 16 come at a time, where the plan was fitted with the
+            option ``layout=tiles``; by default on CUDA devices, whose kernels read them.
 
     ``model.generate(ids, past_key_values=PackedCache(plan))`` works as it is; inside
     ``kvsight.enable(model)`` attention runs on the codes.
@@ -245,10 +285,11 @@ class PackedCache(Cache):
         *,
         prefill: str = "packed",
         monitor: bool = True,
+        tiles: bool | None = None,
     ) -> None:
         if prefill not in ("packed", "raw"):
             raise KVSightError(f"prefill is 'packed' or 'raw'; got {prefill!r}.")
-        self.plan, self.prefill = plan, prefill
+        self.plan, self.prefill, self.tiles = plan, prefill, tiles
         self.reads = Reads(plan)
         self.monitor = monitored(plan, monitor)
         planned = {layer.index: layer for layer in plan.layers}
@@ -272,7 +313,7 @@ class PackedCache(Cache):
                 f"layer {layer.index} is a {type(template).__name__}, which kvsight cannot pack. "
                 "Pass the config of the model that the plan was fitted to."
             )
-        return packed(self.plan, layer, self.reads, self.prefill == "raw", self.monitor)
+        return packed(self.plan, layer, self.reads, self.prefill == "raw", self.monitor, self.tiles)
 
     def _packed_layers(self) -> Iterator[PackedLayer]:
         return (layer for layer in self.layers if isinstance(layer, PackedLayer))
@@ -299,6 +340,7 @@ class PackedCache(Cache):
                         f"layer {i} keeps other state than keys and values; this cache cannot be saved."
                     )
                 continue
+            layer._in_rows()
             if layer.key_state is None or layer.value_state is None:
                 continue
             state[str(i)] = {
@@ -415,13 +457,22 @@ def _on_codes(
 ) -> Tensor:
     key.reads.packed += 1
     causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
+    tiles = key.held.tiles
+    if tiles is not None and tiles is value.held.tiles and causal:
+        padding = None if mask is None else key.reads.padding(mask)
+        if mask is None or padding is not None:
+            return tiles.attend(
+                query, scaling=scaling, hidden=padding, softcap=softcap, sink_logits=sink_logits
+            )
     return attend(
         query,
         key.segments,
         value.segments,
         scaling=scaling,
         mask=mask,
-        causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-        softcap=kwargs.get("softcap"),
-        sink_logits=kwargs.get("s_aux"),
+        causal=causal,
+        softcap=softcap,
+        sink_logits=sink_logits,
     )

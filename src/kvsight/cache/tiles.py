@@ -1,0 +1,248 @@
+"""Keys and values of one layer in tiles while a model decodes: storage that grows, written in place.
+
+Tokens were coded in rows before (``cache.side``), and rows are what every other operation of a cache
+wants: ``Tiles.of`` takes rows over, ``Tiles.states`` gives them back, codes unchanged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvsight.cache.side import SideState
+from kvsight.codec import Placement
+from kvsight.formats import Packed, Row
+from kvsight.ops.attend.cuda import MOST_ROWS, Exact, TiledTokens, TileReader, attend_tiles, token_ranges
+from kvsight.ops.attend.ref import Coded
+from kvsight.ops.attend.tiles import FoldedTiles, fold, tileable
+from kvsight.ops.attend.tiles_ref import attend_tiles_ref
+from kvsight.ops.encode.tiles import Encoder, TileWriter, fold_encoder, write_tiles_ref
+from kvsight.packing import pack_row, unpack_row
+from kvsight.tiling import TOKENS, Rows, Tiling
+
+# more new tokens at a time are coded in rows
+MOST_NEW = 16
+_GROWTH = 8
+_PIECE = 64 * TOKENS
+
+
+class Tiles:
+    """Both sides of one layer. Appending writes in place; ``nbytes`` counts tiles that hold tokens."""
+
+    def __init__(self, key: SideState, value: SideState) -> None:
+        """Take over two states that are ``ready``."""
+        # all of the states but their codes
+        self.bare = replace(key, coded=()), replace(value, coded=())
+        self.tokens = key.coded[0].tokens
+        self.first = key.sinks.shape[2]
+        folded = [_folded(state, rows) for state, rows in _both(key, value)]
+        self.folded = folded[0], folded[1]
+        encoders = [_encoders(state, rows) for state, rows in _both(key, value)]
+        self.encoders = fold_encoder(*encoders[0]), fold_encoder(*encoders[1])
+        tiles = [_tiled(state, f.tilings) for state, f in zip((key, value), folded, strict=True)]
+        self.tiles = tiles[0], tiles[1]
+        self.seen = torch.zeros(1, dtype=torch.int32, device=key.sinks.device)
+        self._reader: dict[float, TileReader] = {}
+        self._writer: TileWriter | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tiles that hold tokens, and of exact tokens."""
+        used = -(-self.tokens // TOKENS)
+        coded = sum(t.shape[0] * used * t.shape[2] for side in self.tiles for t in side)
+        return coded + sum(state.nbytes for state in self.bare)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes with the room for tokens to come."""
+        return sum(t.numel() for side in self.tiles for t in side) + sum(s.nbytes for s in self.bare)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Tiles":
+        # prepared launches hold addresses
+        return Tiles(*self.states())
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Code new tokens [B, H, n, d] behind the others."""
+        new = k.shape[2]
+        if self.tokens + new > TOKENS * self.tiles[0][0].shape[1]:
+            self._grow(new)
+        if k.is_cuda:
+            if self._writer is None:
+                self._writer = TileWriter.of(*self.encoders, *self.tiles)
+            self.seen.fill_(self.first + self.tokens + new)
+            self._writer.write(k, v, self.seen, self.first)
+        else:
+            write_tiles_ref(self.encoders, self.tiles, k, v, self.tokens)
+        self.tokens += new
+
+    def attend(
+        self,
+        q: Tensor,
+        *,
+        scaling: float,
+        hidden: Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the newest tokens' queries [B, Hq, Q, d]: [B, Q, Hq, d].
+
+        ``hidden`` [B] first tokens of each sequence are padding.
+        """
+        queries, heads = q.shape[2], len(self.tiles[0])
+        step = max(1, MOST_ROWS * heads // q.shape[1])
+        ranges = self._ranges(q, hidden)
+        exact = None
+        if self.first:
+            (key, value), none = self.bare, q.new_empty(q.shape[0], heads, 0, q.shape[3])
+            exact = Exact(key.sinks, value.sinks, none, none)
+        parts: list[Tensor] = []
+        for start in range(0, queries, step):
+            block = q[:, :, start : start + step].contiguous()
+            seen = ranges[:, start : start + step]
+            if q.is_cuda:
+                reader = self._read(scaling)
+                call = reader.call(
+                    block,
+                    self.tokens,
+                    seen,
+                    scaling=scaling,
+                    exact=exact,
+                    softcap=softcap,
+                    sink_logits=sink_logits,
+                )
+                parts.append(attend_tiles(call))
+            else:
+                sides = self._tokens()
+                parts.append(
+                    attend_tiles_ref(
+                        block,
+                        *sides,
+                        seen,
+                        scaling=scaling,
+                        exact=exact,
+                        softcap=softcap,
+                        sink_logits=sink_logits,
+                    )
+                )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def states(self) -> tuple[SideState, SideState]:
+        """The same tokens in rows."""
+        out = [
+            replace(state, coded=tuple(_rows(p, side, f.tilings, self.tokens) for p in state.placements))
+            for state, side, f in zip(self.bare, self.tiles, self.folded, strict=True)
+        ]
+        return out[0], out[1]
+
+    def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor:
+        shape = q.shape[0], q.shape[2], self.first, self.tokens
+        if hidden is None:
+            return _plain_ranges(*shape, q.device)
+        return token_ranges(*shape, 0, hidden=hidden.cpu()).to(q.device)
+
+    def _tokens(self) -> tuple[TiledTokens, TiledTokens]:
+        sides = [TiledTokens(f, t, self.tokens) for f, t in zip(self.folded, self.tiles, strict=True)]
+        return sides[0], sides[1]
+
+    def _read(self, scaling: float) -> TileReader:
+        if scaling not in self._reader:
+            self._reader[scaling] = TileReader.of(*self._tokens(), scaling)
+        return self._reader[scaling]
+
+    def _grow(self, new: int) -> None:
+        wanted = -(-(self.tokens + new) // TOKENS)
+        room = wanted + max(1, wanted // _GROWTH)
+        grown = [tuple(_larger(t, room) for t in side) for side in self.tiles]
+        self.tiles = grown[0], grown[1]
+        # addresses changed
+        self._reader.clear()
+        self._writer = None
+
+
+def fits_tiles(key: SideState, value: SideState) -> bool:
+    """Whether all codecs of a layer have tiles, and nothing but first tokens stays exact or leaves."""
+    return all(
+        state.retention.sliding is None
+        and state.retention.exact_last == 0
+        and all(tileable(coded) for coded in _coded(state))
+        for state in (key, value)
+    )
+
+
+def ready(key: SideState, value: SideState) -> bool:
+    """Whether states that fit tiles hold enough to be taken over."""
+    return all(
+        state.coded[0].tokens >= TOKENS and state.skip == 0 and state.tail.shape[2] == 0
+        for state in (key, value)
+    )
+
+
+def _both(key: SideState, value: SideState) -> tuple[tuple[SideState, Rows], tuple[SideState, Rows]]:
+    return (key, "tokens"), (value, "coordinates")
+
+
+def _coded(state: SideState) -> list[Coded]:
+    return [p.codec.coded(p.heads, c) for p, c in zip(state.placements, state.coded, strict=True)]
+
+
+def _folded(state: SideState, rows: Rows) -> FoldedTiles:
+    return fold(_coded(state), rows)
+
+
+def _encoders(state: SideState, rows: Rows) -> tuple[list[Encoder], Rows]:
+    transforms = [p.codec.transform for p in state.placements]
+    pairs = zip(_coded(state), transforms, strict=True)
+    return [Encoder(coded, t.matrix, t.shift) for coded, t in pairs], rows
+
+
+def _heads_of(placements: Sequence[Placement]) -> dict[int, tuple[int, int]]:
+    """Which placement has a head, and where in it."""
+    return {head: (i, at) for i, p in enumerate(placements) for at, head in enumerate(p.heads)}
+
+
+def _tiled(state: SideState, tilings: Sequence[Tiling]) -> tuple[Tensor, ...]:
+    """Rows to tiles of each head [B, n, nbytes], with room behind."""
+    where = _heads_of(state.placements)
+    tokens = state.coded[0].tokens
+    used = -(-tokens // TOKENS)
+    room = used + max(1, used // _GROWTH)
+    out: list[Tensor] = []
+    for head, tiling in enumerate(tilings):
+        part, at = where[head]
+        packed = state.coded[part]
+        form = packed.format
+        assert isinstance(form, Row)
+        tiles = packed.tensors[0].new_zeros(state.batch, room, tiling.nbytes)
+        for start in range(0, tokens, _PIECE):
+            codes = unpack_row(packed.tensors[0][:, at, start : start + _PIECE], form.widths)
+            codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[1] % TOKENS))
+            packed_tiles = tiling.pack(codes)
+            tiles[:, start // TOKENS : start // TOKENS + packed_tiles.shape[1]] = packed_tiles
+        out.append(tiles)
+    return tuple(out)
+
+
+def _rows(placement: Placement, tiles: Sequence[Tensor], tilings: Sequence[Tiling], tokens: int) -> Packed:
+    """Tiles of a placement's heads to rows [B, h, tokens, bytes]."""
+    form = placement.codec.format
+    assert isinstance(form, Row)
+    used = -(-tokens // TOKENS)
+    rows = [
+        pack_row(tilings[head].unpack(tiles[head][:, :used])[:, :tokens], form.widths)
+        for head in placement.heads
+    ]
+    return Packed(form, (torch.stack(rows, dim=1),))
+
+
+def _larger(tiles: Tensor, room: int) -> Tensor:
+    out = tiles.new_zeros(tiles.shape[0], room, tiles.shape[2])
+    out[:, : tiles.shape[1]] = tiles
+    return out
+
+
+@lru_cache(maxsize=16)
+def _plain_ranges(batch: int, queries: int, first: int, tokens: int, device: torch.device) -> Tensor:
+    # all layers of a step ask for the same
+    return token_ranges(batch, queries, first, tokens, 0).to(device)

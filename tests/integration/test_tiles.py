@@ -1,0 +1,124 @@
+"""Caches that decode from tiles hold and give what caches in rows do."""
+
+import copy
+
+import pytest
+import torch
+from zoo import tokens
+
+import kvsight
+from kvsight.cache.packed import left_padding
+
+LAYOUT = (("layout", "tiles"),)
+
+
+def caches(fitted, **options):
+    return [kvsight.PackedCache(fitted, tiles=tiles, **options) for tiles in (False, True)]
+
+
+def step(subject, cache, ids, mask=None):
+    more = {} if mask is None else {"attention_mask": mask[:, : cache.get_seq_length() + ids.shape[1]]}
+    if mask is not None:
+        at = (mask.cumsum(1) - 1).clamp_min(0)
+        more["position_ids"] = at[:, cache.get_seq_length() :][:, : ids.shape[1]]
+    with torch.no_grad():
+        return subject(ids, past_key_values=cache, use_cache=True, **more).logits
+
+
+def near(a, b):
+    # encoders round differently, so once in a while a code differs
+    return float((a - b).abs().median()) < 1e-4
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "llama-1layer"])
+def test_steps_of_any_size(name, sinks, model, plan):
+    subject, fitted = model(name), plan(name, "sight", bits=4.0, options=LAYOUT, sinks=sinks)
+    ids = tokens(2, 170)
+    rows, tiled = caches(fitted)
+    with kvsight.enable(subject):
+        at = 0
+        for size in (70, 1, 1, 5, 16, 40, 1, 3, 16, 1):
+            piece = ids[:, at : at + size]
+            assert near(step(subject, rows, piece), step(subject, tiled, piece))
+            at += size
+            held = [layer.tiles is not None for layer in tiled.layers]
+            assert held == [size <= 16] * len(held)
+        assert tiled.get_seq_length() == rows.get_seq_length() == at
+    assert tiled.reads.packed > 0 == tiled.reads.decoded
+    # a tile may be part empty
+    assert rows.nbytes == fitted.nbytes(at, 2) <= tiled.nbytes <= rows.nbytes * 192 / (at - sinks)
+    key = [cache.layers[0].key_state or cache.layers[0].tiles.states()[0] for cache in (rows, tiled)]
+    same = [torch.equal(a, b) for a, b in zip(*(k.coded[0].tensors for k in key), strict=True)]
+    assert same == [True]
+
+
+def test_generation_and_whatever_else_a_cache_does(model, plan):
+    subject, fitted = model("llama"), plan("llama", "sight", bits=6.0, options=LAYOUT)
+    ids = tokens(1, 80)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
+        with kvsight.enable(subject):
+            out = [subject.generate(ids, past_key_values=c, **settings, **more) for c in caches(fitted)]
+        assert out[0].tolist() == out[1].tolist()
+    cache = caches(fitted)[1]
+    with kvsight.enable(subject):
+        step(subject, cache, ids)
+        step(subject, cache, ids[:, :1])
+        fork = copy.deepcopy(cache)
+        first, second = (step(subject, c, ids[:, 1:2]) for c in (cache, fork))
+        assert torch.equal(first, second)
+        cache.crop(-1)
+        assert near(step(subject, cache, ids[:, 1:2]), first)
+    with pytest.warns(UserWarning, match="decodes this cache"):
+        outside = step(subject, fork, ids[:, 2:3])
+    with kvsight.enable(subject):
+        assert near(step(subject, cache, ids[:, 2:3]), outside)
+
+
+def test_saved_and_loaded(model, plan, tmp_path):
+    subject, fitted = model("llama"), plan("llama", "sight", bits=4.0, options=LAYOUT)
+    cache = caches(fitted)[1]
+    with kvsight.enable(subject):
+        step(subject, cache, tokens(1, 70))
+        step(subject, cache, tokens(1, 1))
+        assert cache.layers[0].tiles is not None
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = kvsight.PackedCache.load(tmp_path / "cache.safetensors", fitted)
+        assert near(step(subject, loaded, tokens(1, 1)), step(subject, cache, tokens(1, 1)))
+
+
+def test_left_padding(model, plan):
+    subject = model("llama")
+    fitted = plan("llama", "sight", bits=4.0, options=LAYOUT, sinks=0)
+    ids = tokens(2, 90)
+    ids[0, :9] = 0
+    mask = (ids > 0).long()
+    rows, tiled = caches(fitted)
+    with kvsight.enable(subject):
+        for start, stop in ((0, 80), (80, 81), (81, 85)):
+            piece = ids[:, start:stop]
+            assert near(step(subject, rows, piece, mask), step(subject, tiled, piece, mask))
+    assert tiled.layers[0].tiles is not None
+
+
+def test_masks_that_hide_more_than_padding():
+    plain = torch.ones(2, 1, 3, 8, dtype=torch.bool).tril(5)
+    assert left_padding(plain).tolist() == [0, 0]
+    padded = plain.clone()
+    padded[1, :, :, :2] = False
+    assert left_padding(padded).tolist() == [0, 2]
+    assert left_padding(torch.where(padded, 0.0, -1e9)).tolist() == [0, 2]
+    padded[0, 0, 2, 4] = False
+    assert left_padding(padded) is None
+    assert left_padding(plain.expand(-1, 4, -1, -1)) is None
+
+
+def test_other_plans_stay_in_rows(model, plan):
+    subject = model("llama")
+    for settings in ({"options": ()}, {"options": LAYOUT, "window": 4}):
+        cache = caches(plan("llama", "sight", bits=8.0, **settings))[1]
+        with kvsight.enable(subject):
+            step(subject, cache, tokens(1, 70))
+            step(subject, cache, tokens(1, 1))
+        assert all(layer.tiles is None for layer in cache.layers)
