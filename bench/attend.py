@@ -1,0 +1,245 @@
+"""Decode attention on tiles against the best BF16 kernel of torch, on one CUDA device.
+
+Every case is first held to its definition in fp64: fresh codes, poisoned output, two runs equal. Then it is
+timed with a cold L2 cache (a buffer larger than it is written before every launch) and launch included. Heads
+have widths of their own, as an allocation gives them: a budget is spent over spectra that fall at a different
+speed in every head.
+
+    python bench/attend.py --json bench/results/attend-h200.json
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import write
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvsight.formats import Packed, Row
+from kvsight.ops.attend.cuda import TiledTokens, TileReader, attend_tiles, token_ranges
+from kvsight.ops.attend.ref import Coded, Folded
+from kvsight.ops.attend.tiles import FoldedTiles, fold
+from kvsight.ops.attend.tiles_ref import attend_tiles_ref
+from kvsight.quantizers.lloyd_max import row_quantizer, uniform
+from kvsight.tiling import TOKENS, WIDTHS
+from kvsight.transforms import haar
+from kvsight.waterfill import row_widths, share_bytes
+
+DISTORTION = [1.0, *(uniform(bits).distortion for bits in range(1, 9))]
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+FLUSH = 512 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    context: int
+    heads: int = 8
+    group: int = 4
+    dim: int = 128
+
+
+def layer(case: Case, bits: float, seed: int) -> tuple[FoldedTiles, FoldedTiles]:
+    """Folded codecs of one layer whose K and V share a budget of ``bits`` per element."""
+    draw = torch.Generator().manual_seed(seed)
+    speed = torch.rand(2 * case.heads, 1, generator=draw, dtype=torch.float64) * 5 + 2
+    level = torch.randn(2 * case.heads, 1, generator=draw, dtype=torch.float64)
+    at = torch.arange(case.dim) / case.dim
+    variances = torch.exp(level - speed * at)
+    total = int(bits * variances.numel() / 8)
+    sizes = share_bytes(variances, total, DISTORTION, 2)
+    menu = row_widths(variances, DISTORTION, 16, WIDTHS)
+    parts: tuple[list[Coded], list[Coded]] = ([], [])
+    for i, size in enumerate(sizes):
+        widths = tuple(menu[i, size].tolist())
+        quantizer = row_quantizer(widths, uniform)
+        inverse = variances[i, :, None].sqrt().float() * haar(case.dim, seed + i).inverse_matrix[0].float()
+        stored = sum(w > 0 for w in widths)
+        folded = Folded(inverse[None, :stored], torch.randn(1, case.dim, generator=draw))
+        empty = Packed(Row(widths), (torch.empty(1, 1, 0, Row(widths).row_bytes, dtype=torch.uint8),))
+        parts[i // case.heads].append(Coded((i % case.heads,), empty, quantizer.tables, folded))
+    return fold(parts[0], "tokens"), fold(parts[1], "coordinates")
+
+
+def filled(folded: FoldedTiles, case: Case, tokens: int) -> TiledTokens:
+    """Random codes."""
+    tiles = -(-tokens // TOKENS)
+    held = tuple(
+        torch.randint(0, 256, (case.batch, tiles, t.nbytes), dtype=torch.uint8, device="cuda")
+        for t in folded.tilings
+    )
+    moved = FoldedTiles(folded.tilings, folded.matrix.cuda(), folded.shift.cuda())
+    return TiledTokens(moved, held, tokens)
+
+
+def error(case: Case, bits: float, options: dict[str, Any]) -> float:
+    """Relative error of the kernel against fp64; raises where it leaves outputs or is not repeatable."""
+    small = Case(2, min(case.context, 4096 + 37), case.heads, case.group, case.dim)
+    keys, values = (filled(f, small, small.context) for f in layer(small, bits, 1))
+    q = torch.randn(2, small.heads * small.group, 1, small.dim, device="cuda", dtype=torch.bfloat16)
+    ranges = token_ranges(2, 1, 0, small.context, 0).cuda()
+    scaling = small.dim**-0.5
+    reader = TileReader.of(keys, values, scaling)
+    outs: list[Tensor] = []
+    for _ in range(2):
+        call = reader.call(q, small.context, ranges, scaling=scaling, **options)
+        call.out.fill_(float("nan"))
+        outs.append(attend_tiles(call).clone())
+    if not torch.equal(*outs):
+        raise SystemExit("two runs differ")
+    wanted = attend_tiles_ref(q.double(), keys, values, ranges, scaling=scaling)
+    found = float((outs[0].double() - wanted).norm() / wanted.norm())
+    # bf16 rounds the output to 2^-9
+    if not found < 4e-3:
+        raise SystemExit(f"the error is {found:.2e}")
+    return found
+
+
+def cold(run: Callable[[int], object], repeats: int = 15) -> float:
+    """Median milliseconds with a cold cache; ``run`` gets the number of its turn."""
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    times: list[float] = []
+    for i in range(repeats + 3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.fill_(i % 7)
+        start.record()
+        run(i)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times[3:])
+
+
+def replayed(run: Callable[[int], object], launches: int) -> float:
+    """Median milliseconds of one of ``launches`` in a graph, over data larger than the cache."""
+    run(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            run(i)
+    times: list[float] = []
+    for _ in range(9):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / launches)
+    return statistics.median(times[2:])
+
+
+def baselines(case: Case) -> dict[str, float]:
+    """Milliseconds of torch's BF16 kernels: queries as they are, and a KV head's group as query tokens."""
+    shape = (case.batch, case.heads, case.context, case.dim)
+    k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(case.batch, case.heads * case.group, 1, case.dim, device="cuda", dtype=torch.bfloat16)
+    grouped = q.view(case.batch, case.heads, case.group, case.dim)
+    out: dict[str, float] = {}
+    for name, backend in BACKENDS.items():
+        calls: dict[str, Callable[[int], Tensor]] = {
+            name: lambda i: sdpa(q, k, v, enable_gqa=True),
+            f"{name} grouped": lambda i: sdpa(grouped, k, v),
+        }
+        for label, call in calls.items():
+            try:
+                with sdpa_kernel(backend):
+                    out[label] = cold(call)
+            except RuntimeError:
+                # this backend does not take the shape
+                continue
+    return out
+
+
+def copy_bandwidth() -> float:
+    """TB/s of a device copy, bytes read and written."""
+    a = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / cold(lambda i: b.copy_(a)) * 1e-9
+
+
+def measure(case: Case, bits: float, copy: float, options: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table."""
+    wrong = error(case, bits, options)
+    folded = layer(case, bits, 2)
+    probe = [filled(f, case, case.context) for f in folded]
+    nbytes = sum(t.numel() for side in probe for t in side.tiles)
+    sets = max(1, min(6, (600 << 20) // nbytes))
+    held = [probe, *([filled(f, case, case.context) for f in folded] for _ in range(sets - 1))]
+    scaling = case.dim**-0.5
+    q = torch.randn(case.batch, case.heads * case.group, 1, case.dim, device="cuda", dtype=torch.bfloat16)
+    ranges = token_ranges(case.batch, 1, 0, case.context, 0).cuda()
+    readers = [TileReader.of(keys, values, scaling) for keys, values in held]
+    calls = [reader.call(q, case.context, ranges, scaling=scaling, **options) for reader in readers]
+    ms = cold(lambda i: attend_tiles(calls[i % sets]))
+    graph = replayed(lambda i: attend_tiles(calls[i % sets]), sets * max(1, 24 // sets))
+    rate = nbytes / ms * 1e-9
+    return {
+        **asdict(case),
+        "bits": bits,
+        "true_bits": 8 * nbytes / (2 * case.batch * case.heads * case.context * case.dim),
+        "error": wrong,
+        "ms": ms,
+        "graph_ms": graph,
+        "TB/s": rate,
+        "share of copy": rate / copy,
+    }
+
+
+def rows(args: argparse.Namespace, copy: float, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for text in args.cases:
+        numbers = [int(n) for n in text.split("x")]
+        case = Case(*numbers)
+        base = {} if args.skip_baselines else baselines(case)
+        best = min(base, key=base.__getitem__, default=None)
+        for bits in args.bits:
+            row = measure(case, bits, copy, options)
+            if best is not None:
+                row |= {"baselines_ms": base, "best": best, "ratio": base[best] / row["ms"]}
+            ratio = f"{row['ratio']:.2f} of {best} {base[best]:.4f}" if best is not None else ""
+            print(
+                f"{text:>24} {bits:g} bits  {row['ms']:.4f} ms  graph {row['graph_ms']:.4f}  "
+                f"{row['TB/s']:.2f} TB/s ({row['share of copy']:.0%})  {ratio}  error {row['error']:.1e}",
+                flush=True,
+            )
+            yield row
+
+
+def setting(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    return name, int(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0])
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=["8x32768", "32x32768", "1x131072", "8x8192", "8x2048"],
+        help="batch x context, then optionally x KV heads x group x head_dim",
+    )
+    parser.add_argument(
+        "--shape", type=setting, nargs="*", default=[], help="of the kernel, such as warps=8"
+    )
+    parser.add_argument("--workers", type=int, default=132)
+    parser.add_argument("--skip-baselines", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device.")
+    copy = copy_bandwidth()
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, copy {copy:.2f} TB/s", flush=True)
+    options = {"workers": args.workers, "shape": dict(args.shape)}
+    found = list(rows(args, copy, options))
+    write({"device": name, "copy TB/s": copy, "kernel": options, "rows": found}, args.json)
+
+
+if __name__ == "__main__":
+    main()
