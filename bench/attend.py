@@ -1,9 +1,9 @@
 """Decode attention on tiles against the best BF16 kernel of torch, on one CUDA device.
 
-Every case is first held to its definition in fp64: fresh codes, poisoned output, two runs equal. Then it is
-timed with a cold L2 cache (a buffer larger than it is written before every launch) and launch included. Heads
-have widths of their own, as an allocation gives them: a budget is spent over spectra that fall at a different
-speed in every head.
+Every case is first held to its definition in fp64: fresh codes, poisoned output, two runs equal. Then it
+is timed with a cold L2 cache (a buffer larger than it is written before every launch) and launch included.
+Heads have widths of their own, as an allocation gives them: a budget is spent over spectra that fall at a
+different speed in every head.
 
     python bench/attend.py --json bench/results/attend-h200.json
 """
