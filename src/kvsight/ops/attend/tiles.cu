@@ -171,6 +171,32 @@ __device__ __forceinline__ int half_of(int block, const Head &h) {
     return i < (h.key1 & ~3) ? 2 * at + i : 2 * (at + (h.key1 & ~3) / 2 + (i & 3));
 }
 
+// Sixteen columns of x @ m for all rows, by one warp: x [ROWS, n] in shared memory, m [n, stride] from its first
+// column. Eight lanes share a column, so that many loads are under way; lane 4p + c ends with columns 4c to 4c + 3.
+__device__ __forceinline__ void multiply(float (*sum)[4], const float *x, int x_stride, const float *m, int n,
+                                         int stride, int lane) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[r][e] = 0.f;
+#pragma unroll 8
+    for (int j = lane / 4; j < n; j += 8) {
+        const float4 f = *(const float4 *)(m + (long long)j * stride + lane % 4 * 4);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const float y = x[r * x_stride + j];
+            sum[r][0] = fmaf(y, f.x, sum[r][0]), sum[r][1] = fmaf(y, f.y, sum[r][1]);
+            sum[r][2] = fmaf(y, f.z, sum[r][2]), sum[r][3] = fmaf(y, f.w, sum[r][3]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+#pragma unroll
+            for (int step = 4; step < LANES; step *= 2) sum[r][e] += __shfl_xor_sync(~0u, sum[r][e], step);
+}
+
 // The query in the coordinates of the codes, as second operands in shared memory, and a scale for each row.
 __device__ void fold_query(const Arguments &a, const Head &h, int head, const Number *query, float *work,
                            uint32_t *fragments, float *scale, float *offset) {
@@ -178,23 +204,20 @@ __device__ void fold_query(const Arguments &a, const Head &h, int head, const Nu
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS)
         raw[i] = i < a.rows * HEAD_DIM ? number(query[i]) : 0.f;
     __syncthreads();
-    int columns = 16 * (h.key4 + h.key2 + h.key1);
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int blocks = h.key4 + h.key2 + h.key1, columns = 16 * blocks;
     const float *fold = a.fold + (long long)head * HEAD_DIM * KEYS;
-    for (int i = threadIdx.x; i < columns; i += THREADS) {
-        float sum[ROWS];
+    for (int b = warp; b < blocks; b += WARPS) {
+        float sum[ROWS][4];
+        multiply(sum, raw, HEAD_DIM, fold + 16 * b, HEAD_DIM, KEYS, lane);
+        if (lane < 4)
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) sum[r] = 0.f;
-        for (int j = 0; j < HEAD_DIM; j++) {
-            float f = fold[j * KEYS + i];
+            for (int r = 0; r < ROWS; r++)
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) sum[r] = fmaf(raw[r * HEAD_DIM + j], f, sum[r]);
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) folded[r * KEYS + i] = sum[r];
+                for (int e = 0; e < 4; e++) folded[r * KEYS + 16 * b + 4 * lane + e] = sum[r][e];
     }
     __syncthreads();
-    int lane = threadIdx.x % LANES;
-    for (int r = threadIdx.x / LANES; r < ROWS; r += WARPS) {
+    for (int r = warp; r < ROWS; r += WARPS) {
         float most = 0.f, shift = 0.f;
         for (int i = lane; i < columns; i += LANES) most = fmaxf(most, fabsf(folded[r * KEYS + i]));
         for (int j = lane; j < HEAD_DIM; j += LANES)
@@ -619,42 +642,66 @@ __device__ void merge_splits(const Arguments &a, int sequence, const Item &item,
     const Head h = a.heads[head];
     const int columns = 16 * (h.value4 + h.value2 + h.value1), group = a.rows / a.queries;
     float *sums = memory, *weights = sums + ROWS * VALUES, *share = weights + splits * ROWS;
-    for (int row = threadIdx.x; row < a.rows; row += THREADS) {
-        float top = NOTHING, total = 0.f, codes = 0.f;
-        float sink = a.sink_logits ? a.sink_logits[head * group + row / a.queries] * LOG2E : NOTHING;
-        for (int s = 0; s < splits; s++) top = fmaxf(top, __ldcg(&masses[s * ROWS + row]).x);
-        top = fmaxf(top, sink);
-        for (int s = 0; s < splits; s++) {
-            float2 m = __ldcg(&masses[s * ROWS + row]);
-            float weight = exp2_fast(m.x - top);
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    for (int row = warp; row < ROWS; row += WARPS) {
+        const bool real = row < a.rows, has_sink = real && a.sink_logits;
+        const float sink = has_sink ? a.sink_logits[head * group + row / a.queries] * LOG2E : NOTHING;
+        float top = sink, total = 0.f, codes = 0.f;
+        for (int s = lane; s < splits; s += LANES) top = fmaxf(top, __ldcg(&masses[s * ROWS + row]).x);
+#pragma unroll
+        for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        for (int s = lane; s < splits; s += LANES) {
+            const float2 m = __ldcg(&masses[s * ROWS + row]);
+            const float weight = exp2_fast(m.x - top);
             weights[s * ROWS + row] = weight;
             total = fmaf(m.y, weight, total);
             if (s < coded) codes = fmaf(m.y, weight, codes);
         }
-        if (a.sink_logits) total += exp2_fast(sink - top);
-        float inverse = total > 0.f ? 1.f / total : 0.f;
-        for (int s = 0; s < splits; s++) weights[s * ROWS + row] *= inverse;
-        share[row] = codes * inverse;
+#pragma unroll
+        for (int step = 16; step; step /= 2) {
+            total += __shfl_xor_sync(~0u, total, step);
+            codes += __shfl_xor_sync(~0u, codes, step);
+        }
+        if (has_sink) total += exp2_fast(sink - top);
+        const float inverse = total > 0.f && real ? 1.f / total : 0.f;
+        for (int s = lane; s < splits; s += LANES) weights[s * ROWS + row] *= inverse;
+        if (lane == 0) share[row] = codes * inverse;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < a.rows * columns; i += THREADS) {
-        int row = i / columns, column = i % columns;
-        float sum = 0.f;
-        for (int s = 0; s < coded; s++)
-            sum = fmaf(__ldcg(&parts[((long long)s * ROWS + row) * WIDTH + column]), weights[s * ROWS + row], sum);
-        sums[row * VALUES + column] = sum;
+    for (int i = threadIdx.x; i < ROWS * columns / 4; i += THREADS) {
+        const int row = i / (columns / 4), column = i % (columns / 4) * 4;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+        for (int s = 0; s < coded; s++) {
+            const float4 x = __ldcg((const float4 *)&parts[((long long)s * ROWS + row) * WIDTH + column]);
+            const float weight = weights[s * ROWS + row];
+            sum.x = fmaf(x.x, weight, sum.x), sum.y = fmaf(x.y, weight, sum.y);
+            sum.z = fmaf(x.z, weight, sum.z), sum.w = fmaf(x.w, weight, sum.w);
+        }
+        *(float4 *)&sums[row * VALUES + column] = sum;
     }
     __syncthreads();
     const float *unfold = a.unfold + (long long)head * VALUES * HEAD_DIM;
-    for (int i = threadIdx.x; i < a.rows * HEAD_DIM; i += THREADS) {
-        int row = i / HEAD_DIM, column = i % HEAD_DIM;
-        float y = share[row] * a.unfold_shift[head * HEAD_DIM + column];
-        for (int j = 0; j < columns; j++) y = fmaf(sums[row * VALUES + j], unfold[j * HEAD_DIM + column], y);
-        for (int s = coded; s < splits; s++)
-            y = fmaf(__ldcg(&parts[((long long)s * ROWS + row) * WIDTH + column]), weights[s * ROWS + row], y);
-        int query_head = head * group + row / a.queries;
-        long long at = ((long long)sequence * a.queries + row % a.queries) * a.head_count * group + query_head;
-        a.out[at * HEAD_DIM + column] = rounded(y);
+    for (int b = warp; b < HEAD_DIM / 16; b += WARPS) {
+        float sum[ROWS][4];
+        multiply(sum, sums, VALUES, unfold + 16 * b, columns, HEAD_DIM, lane);
+        if (lane >= 4) continue;
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+            if (row >= a.rows) break;
+            const long long query_head = head * group + row / a.queries;
+            const long long token = (long long)sequence * a.queries + row % a.queries;
+            Number *out = a.out + (token * a.head_count * group + query_head) * HEAD_DIM;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int column = 16 * b + 4 * lane + e;
+                float y = fmaf(share[row], a.unfold_shift[head * HEAD_DIM + column], sum[row][e]);
+                for (int s = coded; s < splits; s++)
+                    y = fmaf(__ldcg(&parts[((long long)s * ROWS + row) * WIDTH + column]),
+                             weights[s * ROWS + row], y);
+                out[column] = rounded(y);
+            }
+        }
     }
 }
 
