@@ -121,6 +121,19 @@ def tile_attention(emulated, q, keys, values, tokens, shape=SMALL, workers=6, **
     ranges = token_ranges(len(q), queries, first, seen, last, skip=skip, hidden=hidden, window=window)
     sides = tiled(keys, "tokens", tokens, skip), tiled(values, "coordinates", tokens, skip)
     call = prepared(q, *sides, ranges, exact=exact, workers=workers, shape=shape, **options)
+    if skip == 0 and hidden is None and window is None:
+        # the kernel finds the ranges itself
+        alone = prepared(
+            q,
+            *sides,
+            None,
+            exact=exact,
+            workers=workers,
+            shape=shape,
+            seen=torch.tensor([first + tokens + last], dtype=torch.int32),
+            **options,
+        )
+        assert torch.equal(run(emulated, alone), run(emulated, call))
     segments = [[], []]
     for i, parts in enumerate((keys, values)):
         if first:

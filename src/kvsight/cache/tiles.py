@@ -43,7 +43,7 @@ class Tiles:
         self.encoders = fold_encoder(*encoders[0]), fold_encoder(*encoders[1])
         tiles = [_tiled(state, f.tilings) for state, f in zip((key, value), folded, strict=True)]
         self.tiles = tiles[0], tiles[1]
-        self.seen = torch.zeros(1, dtype=torch.int32, device=key.sinks.device)
+        self.seen = torch.tensor([self.first + self.tokens], dtype=torch.int32, device=key.sinks.device)
         self._reader: dict[float, TileReader] = {}
         self._writer: TileWriter | None = None
 
@@ -68,10 +68,11 @@ class Tiles:
         new = k.shape[2]
         if self.tokens + new > TOKENS * self.tiles[0][0].shape[1]:
             self._grow(new)
+        # counted on the device, so that a graph of launches can be replayed
+        self.seen.add_(new)
         if k.is_cuda:
             if self._writer is None:
                 self._writer = TileWriter.of(*self.encoders, *self.tiles)
-            self.seen.fill_(self.first + self.tokens + new)
             self._writer.write(k, v, self.seen, self.first)
         else:
             write_tiles_ref(self.encoders, self.tiles, k, v, self.tokens)
@@ -92,7 +93,8 @@ class Tiles:
         """
         queries, heads = q.shape[2], len(self.tiles[0])
         step = max(1, MOST_ROWS * heads // q.shape[1])
-        ranges = self._ranges(q, hidden)
+        # the kernel finds plain ranges itself
+        ranges = None if q.is_cuda and hidden is None else self._ranges(q, hidden)
         exact = None
         if self.first:
             (key, value), none = self.bare, q.new_empty(q.shape[0], heads, 0, q.shape[3])
@@ -100,26 +102,29 @@ class Tiles:
         parts: list[Tensor] = []
         for start in range(0, queries, step):
             block = q[:, :, start : start + step].contiguous()
-            seen = ranges[:, start : start + step]
+            own = None if ranges is None else ranges[:, start : start + step]
             if q.is_cuda:
                 reader = self._read(scaling)
                 call = reader.call(
                     block,
                     self.tokens,
-                    seen,
+                    own,
                     scaling=scaling,
+                    seen=self.seen,
+                    after=max(0, queries - start - step),
                     exact=exact,
                     softcap=softcap,
                     sink_logits=sink_logits,
                 )
                 parts.append(attend_tiles(call))
             else:
+                assert own is not None
                 sides = self._tokens()
                 parts.append(
                     attend_tiles_ref(
                         block,
                         *sides,
-                        seen,
+                        own,
                         scaling=scaling,
                         exact=exact,
                         softcap=softcap,

@@ -30,6 +30,7 @@ _POINTERS = (
     "unfold_shift",
     "items",
     "ranges",
+    "seen",
     "first_keys",
     "first_values",
     "last_keys",
@@ -48,7 +49,10 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_float) for name in ("scaling", "softcap")),
-        *((n, ctypes.c_int) for n in ("head_count", "item_count", "rows", "queries", "first", "last")),
+        *(
+            (n, ctypes.c_int)
+            for n in ("head_count", "item_count", "rows", "queries", "first", "last", "after")
+        ),
     )
 
 
@@ -179,9 +183,11 @@ class TileReader:
         self,
         q: Tensor,
         tokens: int,
-        ranges: Tensor,
+        ranges: Tensor | None,
         *,
         scaling: float,
+        seen: Tensor | None = None,
+        after: int = 0,
         skip: int = 0,
         exact: Exact | None = None,
         softcap: float | None = None,
@@ -194,7 +200,9 @@ class TileReader:
         Args:
             q: [B, Hq, Q, d] with Q · Hq / H at most 16, contiguous.
             tokens, skip: stored coded tokens, and how many of the first are no longer visible.
-            ranges: as from ``token_ranges``, on q's device.
+            ranges: as from ``token_ranges``, on q's device; None for all tokens up to a query's own.
+            seen: without ranges, int32 [1]: tokens of a sequence, the queries' own included.
+            after: without ranges, how many of the newest are queries of other launches.
             workers: blocks of threads to share the work among, about.
             shape: settings of ``Shape`` to use instead of its defaults.
         """
@@ -220,7 +228,8 @@ class TileReader:
             "unfold": self.sides[1].matrix,
             "unfold_shift": self.sides[1].shift,
             "items": items,
-            "ranges": ranges.contiguous(),
+            "ranges": None if ranges is None else ranges.contiguous(),
+            "seen": seen,
             "first_keys": kept.first_keys.to(q.dtype).contiguous(),
             "first_values": kept.first_values.to(q.dtype).contiguous(),
             "last_keys": kept.last_keys.to(q.dtype).contiguous(),
@@ -240,6 +249,7 @@ class TileReader:
             "queries": queries,
             "first": first,
             "last": last,
+            "after": after,
         }
         pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
         alive = (*(t for t in tensors.values() if t is not None), *self.tiles)

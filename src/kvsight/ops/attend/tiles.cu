@@ -108,7 +108,8 @@ struct Head {
 struct Item {
     int head, split, coded, slot;
 };
-// Visible tokens of one query token: exact first ones, coded ones, exact last ones; each from, to.
+// Visible tokens of one query token: exact first ones, coded ones, exact last ones; each from, to. Later queries
+// see from and to no less.
 struct Range {
     int first0, first1, coded0, coded1, last0, last1;
 };
@@ -120,7 +121,8 @@ struct Arguments {
     const float *unfold;         // [heads, VALUES, HEAD_DIM]
     const float *unfold_shift;   // [heads, HEAD_DIM]: what codes of zero weigh
     const Item *items;           // [items]
-    const Range *ranges;         // [B, queries]
+    const Range *ranges;         // [B, queries], or null: all tokens up to a query's own are visible
+    const int *seen;             // [1] where there are no ranges: tokens of a sequence, the queries' own included
     const Number *first_keys, *first_values;  // [B, heads, first, HEAD_DIM]
     const Number *last_keys, *last_values;    // [B, heads, last, HEAD_DIM]
     const float *sink_logits;    // [heads, rows / queries] or null
@@ -130,9 +132,17 @@ struct Arguments {
     unsigned *done;              // [B, heads], zero
     float scaling, softcap;      // of natural scores; softcap 0 is none
     int head_count, item_count, rows, queries, first, last;
+    int after;                   // newer query tokens than this launch has
 };
 constexpr int WIDTH = VALUES > HEAD_DIM ? VALUES : HEAD_DIM;
 constexpr float LOG2E = 1.4426950408889634f;
+
+__device__ __forceinline__ Range visible(const Arguments &a, int sequence, int query) {
+    if (a.ranges) return a.ranges[sequence * a.queries + query];
+    const int total = *a.seen, coded = total - a.first - a.last;
+    const int upto = total - a.after - (a.queries - 1 - query);
+    return {0, min(upto, a.first), 0, max(0, min(upto - a.first, coded)), 0, max(0, upto - a.first - coded)};
+}
 
 __device__ __forceinline__ int key_words(const Head &h) { return 4 * h.key4 + 2 * h.key2 + h.key1; }
 __device__ __forceinline__ int value_words(const Head &h) { return 4 * h.value4 + 2 * h.value2 + h.value1; }
@@ -407,9 +417,7 @@ __device__ void attend_codes(const Arguments &a, int sequence, const Item &item,
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const int head = item.head;
     const Head h = a.heads[head];
-    const Range *ranges = a.ranges + sequence * a.queries;
-    int from = ranges[0].coded0, to = ranges[0].coded1;
-    for (int i = 1; i < a.queries; i++) from = min(from, ranges[i].coded0), to = max(to, ranges[i].coded1);
+    int from = visible(a, sequence, 0).coded0, to = visible(a, sequence, a.queries - 1).coded1;
     const int tile0 = from / TOKENS, tiles = max(0, (to + TOKENS - 1) / TOKENS - tile0);
     const int begin = tile0 + (int)((long long)tiles * item.split / item.coded);
     const int end = tile0 + (int)((long long)tiles * (item.split + 1) / item.coded);
@@ -442,7 +450,7 @@ __device__ void attend_codes(const Arguments &a, int sequence, const Item &item,
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
         int row = 4 * n + t;
-        const Range range = ranges[row < a.rows ? row % a.queries : 0];
+        const Range range = visible(a, sequence, row < a.rows ? row % a.queries : 0);
         row_scale[n] = scale[row], row_offset[n] = offset[row];
         row_from[n] = range.coded0, row_to[n] = range.coded1;
         reference[n] = NOTHING, mass[n] = 0.f;
@@ -566,7 +574,6 @@ __device__ void attend_codes(const Arguments &a, int sequence, const Item &item,
 __device__ void attend_exact(const Arguments &a, int sequence, int head, float *part, float2 *masses,
                              unsigned char *memory) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const Range *ranges = a.ranges + sequence * a.queries;
     const long long owner = (long long)sequence * a.head_count + head;
     float *query = (float *)memory, *sums = query + ROWS * HEAD_DIM, *warp_mass = sums + WARPS * ROWS * HEAD_DIM;
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS)
@@ -601,7 +608,7 @@ __device__ void attend_exact(const Arguments &a, int sequence, int head, float *
 #pragma unroll
             for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
             if (a.softcap > 0.f) x = capped(x, a.softcap * LOG2E);
-            const Range range = ranges[r < a.rows ? r % a.queries : 0];
+            const Range range = visible(a, sequence, r < a.rows ? r % a.queries : 0);
             const bool seen = early ? at >= range.first0 && at < range.first1 : at >= range.last0 && at < range.last1;
             if (!seen) continue;
             float next = fmaxf(reference[r], x), shrink = exp2_fast(reference[r] - next), p = exp2_fast(x - next);
