@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer
 from kvsight import assets
 from kvsight.errors import KVSightError
 from kvsight.eval.intervals import mean_interval
-from kvsight.eval.quality import Window, _compare, evaluate
+from kvsight.eval.quality import Window, compare_logits, evaluate
 from kvsight.fit import make_request, plan_from_stats
 from kvsight.integrations.loading import load_model
 from kvsight.plan import Plan
@@ -240,7 +240,7 @@ def measure_stock(model: PreTrainedModel, batches: Sequence[Tensor], backend: st
         ids = ids.to(model.device)
         stock = stock_cache(model, backend, pair)
         coded, plain = read(model, ids, stock), read(model, ids, None)
-        found += [_compare(*triple) for triple in zip(ids, plain, coded, strict=True)]
+        found += [compare_logits(*triple)[0] for triple in zip(ids, plain, coded, strict=True)]
         layers += stock.layers
     both, key, value = (stored_bits(layers, sides, widest=2) for sides in ((0, 1), (0,), (1,)))
     as_run = stored_bits(layers, (0, 1))

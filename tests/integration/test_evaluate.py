@@ -78,11 +78,13 @@ def test_measures_equal_brute_force(pico, sight):
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     for row, window in enumerate(result.windows):
         assert window.kl == pytest.approx(float(kl[row].mean()), rel=2e-3)
+        assert window.kl_p99 == pytest.approx(np.percentile(kl[row].numpy(), 99), rel=2e-3)
         for logits, loss in ((exact, window.baseline_loss), (coded, window.loss)):
             wanted = torch.nn.functional.cross_entropy(logits[row, :-1], ids[row, 1:])
             assert loss == pytest.approx(float(wanted), rel=1e-4)
         same = (exact[row].argmax(-1) == coded[row].argmax(-1)).double().mean()
         assert window.same_top == pytest.approx(float(same), abs=2 / 128)
+    assert result.kl_p99 == pytest.approx(np.percentile(kl.numpy(), 99), rel=2e-3)
     assert result.cache_bytes == cache.nbytes
     assert result.true_bits == sight.true_bits == 3.0
     assert result.key_bits == result.value_bits == 3.0
@@ -127,7 +129,10 @@ def test_one_window_has_no_interval(model, plan):
 
 def test_json_has_what_reports_need(result):
     body = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    plain = ("method", "true_bits", "key_bits", "value_bits", "cache_bytes", "baseline_bytes", "tokens")
+    plain = (
+        *("method", "true_bits", "key_bits", "value_bits"),
+        *("cache_bytes", "baseline_bytes", "tokens", "kl_p99"),
+    )
     assert {key: body[key] for key in plain} == {key: getattr(result, key) for key in plain}
     for name in ("kl", "perplexity", "baseline_perplexity", "same_top"):
         assert body[name] == vars(getattr(result, name))
@@ -190,6 +195,21 @@ def test_a_plan_of_another_model_is_refused(model, plan, pico):
     assert "(llama, 2 layers, 2 KV heads, 64 wide, 64 tokens); this one is" in message
     assert "Fit a plan to this model: kvsight fit MODEL." in message
     assert "\n" not in message
+
+
+def test_known_logits_are_not_read_again(model, plan):
+    subject, fitted = model("llama"), plan("llama", "sight")
+    known = [subject(ids).logits for ids in batches()]
+    wanted = kvsight.evaluate(subject, fitted, batches())
+    asked = []
+
+    def reference(index):
+        asked.append(index)
+        return known[index]
+
+    found = kvsight.evaluate(subject, fitted, batches(), reference=reference)
+    assert asked == [0, 1, 2]
+    assert found.kl.mean == pytest.approx(wanted.kl.mean, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.interface])
