@@ -118,7 +118,7 @@ def _of_ladder(
     ladder = _ladder(method, side, stats, dense, options)
     forms = [placements[0].codec.format for placements in ladder]
     damage = shrunk(stats.cost, stats, 0.0)
-    measured = [_measure(placements, stats, damage) for placements in ladder]
+    measured = [coding_cost(placements, stats, damage) for placements in ladder]
     variance = _variance(stats)
     curves = tuple(
         Curve(
@@ -169,7 +169,9 @@ def _ladder(
         plain = replace(plain, bits=cost - 1e-6)
 
 
-def _measure(placements: tuple[Placement, ...], stats: SideStats, damage: Tensor) -> tuple[Tensor, Tensor]:
+def coding_cost(
+    placements: tuple[Placement, ...], stats: SideStats, damage: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mean eᵀ·damage·e and mean ‖e‖²/d on the sample, [H] each."""
     cost = torch.zeros(stats.heads, dtype=torch.float64)
     error = torch.zeros(stats.heads, dtype=torch.float64)

@@ -114,8 +114,8 @@ def fit(  # noqa: PLR0913
     from kvsight.probe import Probe
 
     seen, held_out = _split(batches, validation, max_kl is not None)
-    stats = _stats(model, seen, request, propagation, progress)
-    notes = {"calibration_sha256": _digest(seen), "calibration_tokens": str(stats.tokens)}
+    stats = gather_stats(model, seen, request, propagation, progress)
+    notes = {"calibration_sha256": digest_ids(seen), "calibration_tokens": str(stats.tokens)}
     if _calibrated(request):
         notes |= {f"warning_{i}": text for i, text in enumerate(doubts(stats))}
         for text in doubts(stats):
@@ -125,8 +125,7 @@ def fit(  # noqa: PLR0913
     prepared = prepare_from_stats(model, stats, request, progress)
     make = partial(plan_from_stats, model, stats, prepared=prepared)
     if request.sinks is None:
-        trial = Probe(model, [ids[:1, :_TRIAL_TOKENS] for ids in _spaced(seen, _TRIALS)])
-        request = _choose_sinks(make, trial, stats, request, max_kl, progress)
+        request = choose_sinks(make, trial_probe(model, seen), stats, request, max_kl, progress)
     if max_kl is None:
         return make(request, notes, progress=progress)
     return _smallest(make, Probe(model, held_out), request, notes, max_kl, progress)
@@ -180,7 +179,7 @@ def prepare_from_stats(
     return prepare(stats, request, _dense_dtype(model, request), progress)
 
 
-def _stats(
+def gather_stats(
     model: "PreTrainedModel",
     batches: Sequence[Tensor],
     request: Request,
@@ -217,7 +216,14 @@ def _calibrated(request: Request) -> bool:
     return allocated or any(get(name).rows is not None for name in request.methods.values())
 
 
-def _choose_sinks(
+def trial_probe(model: "PreTrainedModel", batches: Sequence[Tensor]) -> "Probe":
+    """The windows of calibration text on which ``choose_sinks`` tries plans."""
+    from kvsight.probe import Probe
+
+    return Probe(model, [ids[:1, :_TRIAL_TOKENS] for ids in _spaced(batches, _TRIALS)])
+
+
+def choose_sinks(
     make: MakePlan,
     probe: "Probe",
     stats: Stats,
@@ -339,7 +345,7 @@ def _versions() -> dict[str, str]:
     return {"kvsight": kvsight.__version__, **others}
 
 
-def _digest(batches: Iterable[Tensor]) -> str:
+def digest_ids(batches: Iterable[Tensor]) -> str:
     """sha256 of the token ids that were calibrated on."""
     sha = hashlib.sha256()
     for ids in batches:

@@ -2,6 +2,7 @@
 
 import typer
 
+from kvsight.cli.compare import compare_command
 from kvsight.cli.doctor import doctor_command
 from kvsight.cli.evaluate import eval_command
 from kvsight.cli.fit import fit_command
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command("fit")(fit_command)
 app.command("eval")(eval_command)
+app.command("compare")(compare_command)
 app.command("run")(run_command)
 app.command("show")(show_command)
 app.command("doctor")(doctor_command)
