@@ -24,32 +24,21 @@ import torch
 from common import calibration_ids, parser, write
 from scipy.optimize import nnls
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, QuantizedCache
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from kvsight import assets
 from kvsight.errors import KVSightError
 from kvsight.eval.intervals import mean_interval
-from kvsight.eval.quality import Window, compare_logits, evaluate
+from kvsight.eval.peers import Axis, Setting, measure_stock, nominal_bits, refused
+from kvsight.eval.quality import Window, evaluate
 from kvsight.fit import make_request, plan_from_stats
 from kvsight.integrations.loading import load_model
 from kvsight.plan import Plan
-from kvsight.probe import read
 from kvsight.stats import Stats
 from kvsight.text import read_text, windows
 from kvsight.trace import observe, summarise
 
 Row = dict[str, Any]
-Axis = str | int | None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How one side is coded. ``axis`` is in the peer's own words; None where it has no such choice."""
-
-    width: int
-    group: int | None
-    axis: Axis
 
 
 @dataclass(frozen=True)
@@ -88,10 +77,7 @@ def nominal(peer: Peer, setting: Setting, dim: int) -> float:
     """Bits per element by arithmetic, to choose settings by; what is reported is counted."""
     if setting.group is None:
         return setting.width + 16 / dim
-    # hqq packs ten 3-bit codes into 32 bits, and a group takes whole words
-    words = peer.name == "hqq" and setting.width == 3
-    codes = 32 * math.ceil(setting.group / 10) / setting.group if words else setting.width
-    return codes + 32 / setting.group
+    return nominal_bits(peer.name, setting.width, setting.group)
 
 
 def bits_of(peer: Peer, pair: Pair, dim: int) -> float:
@@ -181,70 +167,11 @@ def pair_of(row: Row) -> Pair:
     return Pair(Setting(**row["key"]), Setting(**row["value"]))
 
 
-class ReadBack(DynamicLayer):
-    """A layer that codes one window with the quantisers of two stock layers and shows what they decode."""
-
-    def __init__(self, key: Any, value: Any) -> None:
-        super().__init__()
-        self.key, self.value = key, value
-        self.stored: tuple[Any, ...] = ()
-        self.elements: tuple[int, ...] = ()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        for layer in (self.key, self.value):
-            layer.lazy_initialization(key_states, value_states)
-        key = self.key._quantize(key_states.contiguous(), axis=self.key.axis_key)
-        value = self.value._quantize(value_states.contiguous(), axis=self.value.axis_value)
-        self.stored, self.elements = (key, value), (key_states.numel(), value_states.numel())
-        return self.key._dequantize(key), self.value._dequantize(value)
-
-
-def stock_cache(model: PreTrainedModel, backend: str, pair: Pair) -> Cache:
-    """The layers of one stock cache per side, joined."""
-
-    def layers(s: Setting) -> list[Any]:
-        axes = {"axis_key": s.axis, "axis_value": s.axis}
-        return QuantizedCache(backend, model.config, nbits=s.width, q_group_size=s.group, **axes).layers
-
-    sides = layers(pair.key), layers(pair.value)
-    return Cache(layers=[ReadBack(key, value) for key, value in zip(*sides, strict=True)])
-
-
-def stored_tensors(stored: Any) -> Iterator[Tensor]:
-    """The plain tensors inside what a backend keeps."""
-    if isinstance(stored, Tensor):
-        inner = stored.__tensor_flatten__()[0] if hasattr(stored, "__tensor_flatten__") else ()
-        yield from (t for name in inner for t in stored_tensors(getattr(stored, name)))
-        if not inner:
-            yield stored
-    elif isinstance(stored, dict):
-        yield from (t for item in stored.values() for t in stored_tensors(item))
-    elif isinstance(stored, (tuple, list)):
-        yield from (t for item in stored for t in stored_tensors(item))
-
-
-def stored_bits(layers: Sequence[ReadBack], sides: Sequence[int], widest: int = 8) -> float:
-    """Stored bits per element of these sides; no float counts for more than ``widest`` bytes."""
-    tensors = (t for layer in layers for side in sides for t in stored_tensors(layer.stored[side]))
-    nbytes = sum(t.numel() * min(t.element_size(), widest if t.is_floating_point() else 8) for t in tensors)
-    return 8 * nbytes / sum(layer.elements[side] for layer in layers for side in sides)
-
-
-def measure_stock(model: PreTrainedModel, batches: Sequence[Tensor], backend: str, pair: Pair) -> Row:
-    """One setting of a stock backend. An fp32 model stores fp32 scales; they are counted as 16 bits."""
-    found: list[Window] = []
-    layers: list[ReadBack] = []
-    for ids in batches:
-        ids = ids.to(model.device)
-        stock = stock_cache(model, backend, pair)
-        coded, plain = read(model, ids, stock), read(model, ids, None)
-        found += [compare_logits(*triple)[0] for triple in zip(ids, plain, coded, strict=True)]
-        layers += stock.layers
-    both, key, value = (stored_bits(layers, sides, widest=2) for sides in ((0, 1), (0,), (1,)))
-    as_run = stored_bits(layers, (0, 1))
-    return {**_bits(both, key, value), "true_bits_as_run": as_run, **_quality(found)}
+def stock_row(model: PreTrainedModel, batches: Sequence[Tensor], backend: str, pair: Pair) -> Row:
+    """One setting of a stock backend."""
+    found, stored = measure_stock(model, batches, backend, pair.key, pair.value)
+    bits = _bits(stored.true_bits, stored.key_bits, stored.value_bits)
+    return {**bits, "true_bits_as_run": stored.as_run, **_quality([window for window, _ in found])}
 
 
 def head_dim(model: PreTrainedModel) -> int:
@@ -290,17 +217,6 @@ def _quality(found: Sequence[Window]) -> Row:
         "same_top": top.to_json(),
         "windows": [vars(w) for w in found],
     }
-
-
-def why_not(peer: Peer, model: PreTrainedModel) -> str | None:
-    """The first line of what stops this peer here: a backend not installed, or a model it refuses."""
-    if peer.method is not None:
-        return None
-    try:
-        QuantizedCache(peer.name, model.config)
-    except (ImportError, ValueError) as error:
-        return str(error).splitlines()[0]
-    return None
 
 
 class Log:
@@ -394,7 +310,7 @@ def main() -> None:
 
     def measure(peer: Peer, pair: Pair) -> Row:
         if peer.method is None:
-            return measure_stock(model, batches, peer.name, pair)
+            return stock_row(model, batches, peer.name, pair)
         return measure_ours(model, batches, plan_of(model, stats(), peer, pair))
 
     dim = head_dim(model)
@@ -414,11 +330,15 @@ def _stats(model: PreTrainedModel, tokenizer: Any, files: Sequence[Path], tokens
 
 def _present(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Peer]:
     for peer in PEERS:
-        reason = why_not(peer, model) if peer.name in names else "not asked for"
+        reason = _why_not(peer, model) if peer.name in names else "not asked for"
         if reason is None:
             yield peer
         else:
             print(f"{peer.name} skipped: {reason}", flush=True)
+
+
+def _why_not(peer: Peer, model: PreTrainedModel) -> str | None:
+    return refused(peer.name, model.config) if peer.method is None else None
 
 
 def _options() -> argparse.Namespace:
