@@ -41,7 +41,7 @@ from kvsight.trace import Progress
 Content = dict[str, Any]
 
 PLANS = "plans"
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 128, 32
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 128, 32
 # spectra are kept of our plan nearest to this budget
 _SPECTRUM_BITS = 3.0
 
@@ -210,7 +210,9 @@ def _own(bench: _Bench, fitter: _Fitter, bits: float, records: Records, spectra:
     if not _finite(measured):
         _refuse(records, contender, bits, f"{contender.name}: its logits are not finite.")
         return
-    stats, provenance = fitter.lab.stats, dict(plan.provenance)
+    stats = fitter.lab.stats
+    # which model is said once, and not by where it lies here
+    provenance = {name: text for name, text in plan.provenance.items() if name != "model"}
     _put(records, "bits", arm, {"arm": arm, "rows": maps.bits(plan), "provenance": provenance})
     damage = maps.damage(plan, stats)
     if damage:
