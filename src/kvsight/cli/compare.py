@@ -122,15 +122,16 @@ def _print(records: "Records", title: str) -> None:
 
 
 def _cells(row: dict[str, Any], best: bool) -> tuple[str, ...]:
-    kl = f"{row['kl']['mean']:.4g}"
-    if row["kl"]["low"] is not None:
-        kl += f" ({row['kl']['low']:.4g} to {row['kl']['high']:.4g})"
+    # what rounding alone costs is not worth its digits
+    kl = "0" if abs(row["kl"]["mean"]) < 1e-9 else f"{row['kl']['mean']:.3g}"
+    if row["kl"]["low"] is not None and kl != "0":
+        kl += f" ({row['kl']['low']:.3g} to {row['kl']['high']:.3g})"
     coding = (row["encode_us_per_token"], row["decode_us_per_token"])
     return (
         f"{row['arm']}{' *' if best else ''}",
         f"{row['true_bits']:.3f}",
         kl,
-        f"{row['kl_p99']:.3g}",
+        "0" if kl == "0" else f"{row['kl_p99']:.3g}",
         f"{row['perplexity']['mean']:.2f}",
         f"{100 * row['same_top']['mean']:.1f} %",
         f"{row['agreement']['mean']:.1f}/{row['agreement_cap']}",

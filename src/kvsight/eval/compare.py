@@ -41,7 +41,7 @@ from kvsight.trace import Progress
 Content = dict[str, Any]
 
 PLANS = "plans"
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 128, 32
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 128, 32
 # spectra are kept of our plan nearest to this budget
 _SPECTRUM_BITS = 3.0
 
