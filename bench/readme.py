@@ -32,9 +32,9 @@ def table(rows: Sequence[Row], pairs: Iterable[Row]) -> str:
     """Markdown: our figures at every budget, beside the best of all others there."""
     known = {row["arm"]: row for row in rows}
     lines = [
-        "| bits | `sight`, KL | best other, KL | difference, paired | perplexity, packed / uncompressed "
-        "| same top token | bytes, packed / BF16 |",
-        "|---|---|---|---|---|---|---|",
+        "| bits | `sight`, KL | best other, KL | difference, paired | bits saved "
+        "| perplexity, packed / uncompressed | same top token | bytes, packed / BF16 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for pair in pairs:
         ours, peer = known[pair["ours"]], known[pair["peer"]]
@@ -43,6 +43,7 @@ def table(rows: Sequence[Row], pairs: Iterable[Row]) -> str:
             _interval(ours["kl"]),
             f"`{peer['method']}` at {peer['true_bits']:.2f}: {_interval(peer['kl'])}",
             _interval(pair["difference"]),
+            "" if pair["bits_saved"] is None else f"{pair['bits_saved']:.2f}",
             f"{ours['perplexity']['mean']:.2f} / {ours['baseline_perplexity']['mean']:.2f}",
             f"{100 * ours['same_top']['mean']:.1f} %",
             f"{ours['cache_bytes']:,} / {ours['baseline_bytes']:,}",

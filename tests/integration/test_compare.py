@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ from zoo import tokens
 
 import kvsight
 from kvsight.errors import KVSightError
-from kvsight.eval import compare as comparison
-from kvsight.eval import maps, peers, reference
+from kvsight.eval import bench, fitting, maps, peers, reference
 from kvsight.eval.agreement import agreement, continuation, prompts
 from kvsight.eval.arms import Contender
 from kvsight.eval.compare import Texts, compare, quality_rows
@@ -170,10 +170,40 @@ def test_a_killed_run_goes_on(kind, model, finished, tmp_path, monkeypatch):
 
 def test_what_is_measured_is_not_measured_again(model, finished, monkeypatch):
     before = finished.path.read_bytes()
-    monkeypatch.setattr(comparison, "evaluate", None)
-    monkeypatch.setattr(comparison, "gather_stats", None)
+    monkeypatch.setattr(bench, "evaluate", None)
+    monkeypatch.setattr(fitting, "gather_stats", None)
     compare(model("llama"), TEXTS, WHO, BITS, records(finished.path.parent))
     assert finished.path.read_bytes() == before
+
+
+def test_what_fails_before_any_budget_is_no_refusal(model, tmp_path, monkeypatch):
+    found = records(tmp_path)
+    compare(model("llama"), TEXTS, (), BITS, found)
+
+    def failing(*arguments):
+        raise KVSightError("gradients do not fit into memory")
+
+    monkeypatch.setattr(fitting, "gather_stats", failing)
+    with pytest.raises(KVSightError, match="do not fit"):
+        compare(model("llama"), TEXTS, WHO, BITS, found)
+    assert [row["arm"] for row in found.rows] == ["uncompressed"]
+
+
+def test_logits_that_are_no_numbers_are_refused(model, tmp_path, monkeypatch):
+    """A broken method costs its own arms and no others."""
+    measured = bench.evaluate
+
+    def broken(subject, plan, *arguments, **settings):
+        result = measured(subject, plan, *arguments, **settings)
+        if plan.method == "identity":
+            return result
+        return replace(result, windows=tuple(replace(w, kl=float("nan")) for w in result.windows))
+
+    monkeypatch.setattr(bench, "evaluate", broken)
+    found = records(tmp_path)
+    compare(model("llama"), TEXTS, WHO[:1], (4.1,), found)
+    assert found.get("refused", ("int@4.1",))["reason"] == "int: its logits are not finite."
+    assert not list(quality_rows(found))
 
 
 def test_another_text_is_another_comparison(tmp_path):

@@ -1,47 +1,26 @@
 """Every method at the same budgets, on the same windows, into one file of records (docs/compare.md)."""
 
-import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsight.errors import KVSightError
 from kvsight.eval import maps
-from kvsight.eval.agreement import agreement, continuation, prompts
 from kvsight.eval.arms import CONTROL, OURS, UNCOMPRESSED, Contender
+from kvsight.eval.bench import Bench, Content
+from kvsight.eval.fitting import Fitter, Lab
 from kvsight.eval.frontier import pair
-from kvsight.eval.intervals import mean_interval
-from kvsight.eval.peers import Setting, best_setting, measure_stock, refused, stock_cache, stock_jobs
-from kvsight.eval.quality import estimates, evaluate, percentile
-from kvsight.eval.reference import References, references
-from kvsight.eval.timing import KeysValues, keys_values, plan_jobs, times
-from kvsight.fit import (
-    choose_sinks,
-    digest_ids,
-    gather_stats,
-    make_request,
-    plan_from_stats,
-    prepare_from_stats,
-    trial_probe,
-)
-from kvsight.integrations.hf import PackedCache, enable
-from kvsight.plan import Plan
+from kvsight.eval.peers import best_setting, refused
+from kvsight.eval.reference import references
+from kvsight.fit import digest_ids, make_request, plan_from_stats
 from kvsight.planfile import plan_hash
-from kvsight.probe import Probe
 from kvsight.records import Records
-from kvsight.spend import Prepared
-from kvsight.stats import Stats
 from kvsight.trace import Progress
 
-Content = dict[str, Any]
-
 PLANS = "plans"
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 128, 32
 # spectra are kept of our plan nearest to this budget
 _SPECTRUM_BITS = 3.0
 
@@ -82,9 +61,9 @@ def compare(
     todo = list(_todo(who, budgets, records))
     shown = min(budgets, key=lambda bits: abs(bits - _SPECTRUM_BITS))
     with references(model, texts.evaluation.split(1)) as known:
-        bench = _Bench(model, texts, known)
-        lab = _Lab(model, texts.calibration, provenance or {}, progress)
-        fitters: dict[str, _Fitter] = {}
+        bench = Bench(model, texts.evaluation, known)
+        lab = Lab(model, texts.calibration, provenance or {}, progress)
+        fitters: dict[str, Fitter] = {}
         for done, (contender, bits) in enumerate(todo):
             if progress is not None:
                 progress("compare", done, len(todo))
@@ -95,7 +74,7 @@ def compare(
             else:
                 if contender.name not in fitters:
                     # one method's curves at a time
-                    fitters = {contender.name: _Fitter(lab, contender)}
+                    fitters = {contender.name: Fitter(lab, contender)}
                 spectra = (contender.name, bits) == (OURS, shown)
                 _own(bench, fitters[contender.name], bits, records, spectra)
         if progress is not None and todo:
@@ -125,78 +104,7 @@ def _todo(
                 yield contender, bits
 
 
-class _Bench:
-    """The windows, and what the uncompressed model makes of them: each computed once, when first needed."""
-
-    def __init__(self, model: PreTrainedModel, texts: Texts, reference: References) -> None:
-        self.model, self.reference = model, reference
-        self.batches = texts.evaluation.split(1)
-        self._ids = texts.evaluation
-
-    @cached_property
-    def prompts(self) -> Tensor:
-        return prompts(self._ids, PROMPTS, min(PROMPT_TOKENS, self._ids.shape[1])).to(self.model.device)
-
-    @cached_property
-    def wanted(self) -> Tensor:
-        return continuation(self.model, self.prompts, NEW_TOKENS)
-
-    @cached_property
-    def seen(self) -> KeysValues:
-        return keys_values(self.model, self.batches[0])
-
-    def agreement(self, cache: Cache) -> Content:
-        found = agreement(self.model, self.prompts, self.wanted, cache)
-        mean = mean_interval(found, least=0.0, most=float(NEW_TOKENS))
-        return {"agreement": mean.to_json(), "agreements": found, "agreement_cap": NEW_TOKENS}
-
-
-class _Lab:
-    """Calibration: observed once, when the first plan needs it."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        provenance: Mapping[str, str],
-        progress: Progress | None,
-    ) -> None:
-        self.model, self.progress = model, progress
-        self.batches = list(ids.split(1))
-        self.notes = {
-            "calibration_sha256": digest_ids(self.batches),
-            "calibration_tokens": str(ids.numel()),
-            **provenance,
-        }
-
-    @cached_property
-    def stats(self) -> Stats:
-        return gather_stats(self.model, self.batches, make_request(OURS, 3.0), "gradient", self.progress)
-
-    @cached_property
-    def probe(self) -> Probe:
-        return trial_probe(self.model, self.batches)
-
-
-class _Fitter:
-    """Plans of one method, as ``fit`` would make them, from shared statistics."""
-
-    def __init__(self, lab: _Lab, contender: Contender) -> None:
-        self.lab, self.contender = lab, contender
-        self._prepared: Prepared | None = None
-
-    def plan(self, bits: float) -> Plan:
-        lab = self.lab
-        request = make_request(self.contender.method, bits, options=self.contender.options)
-        request = replace(request, sinks=None)
-        if self._prepared is None:
-            self._prepared = prepare_from_stats(lab.model, lab.stats, request, lab.progress)
-        make = partial(plan_from_stats, lab.model, lab.stats, prepared=self._prepared)
-        request = choose_sinks(make, lab.probe, lab.stats, request, None, None)
-        return make(request, lab.notes)
-
-
-def _own(bench: _Bench, fitter: _Fitter, bits: float, records: Records, spectra: bool) -> None:
+def _own(bench: Bench, fitter: Fitter, bits: float, records: Records, spectra: bool) -> None:
     """One method of the registry at one budget."""
     contender, arm = fitter.contender, fitter.contender.arm(bits)
     try:
@@ -206,11 +114,11 @@ def _own(bench: _Bench, fitter: _Fitter, bits: float, records: Records, spectra:
         return
     named = {**_named(contender, bits), "plan_sha256": plan_hash(plan)}
     twin = next((r for r in records.of("quality") if r.get("plan_sha256") == named["plan_sha256"]), None)
-    measured = _plan_row(bench, plan) if twin is None else _shared(twin)
+    measured = bench.plan(plan) if twin is None else _shared(twin)
     if not _finite(measured):
         _refuse(records, contender, bits, f"{contender.name}: its logits are not finite.")
         return
-    stats = fitter.lab.stats
+    stats = fitter.stats
     # which model is said once, and not by where it lies here
     provenance = {name: text for name, text in plan.provenance.items() if name != "model"}
     _put(records, "bits", arm, {"arm": arm, "rows": maps.bits(plan), "provenance": provenance})
@@ -226,10 +134,10 @@ def _own(bench: _Bench, fitter: _Fitter, bits: float, records: Records, spectra:
     _put(records, "quality", arm, {**named, **measured})
 
 
-def _control(bench: _Bench, lab: _Lab, records: Records) -> None:
+def _control(bench: Bench, lab: Lab, records: Records) -> None:
     """The uncompressed model, through the same cache and attention as every plan."""
     plan = plan_from_stats(lab.model, lab.stats, make_request(CONTROL), lab.notes)
-    row = {**_named(Contender(CONTROL, {}), None), **_plan_row(bench, plan)}
+    row = {**_named(Contender(CONTROL, {}), None), **bench.plan(plan)}
     # run in the model's own type, counted as everywhere: a number is worth 16 bits
     counted = {
         "true_bits": 16.0,
@@ -240,7 +148,7 @@ def _control(bench: _Bench, lab: _Lab, records: Records) -> None:
     _put(records, "quality", UNCOMPRESSED, {**row, **counted})
 
 
-def _external(bench: _Bench, contender: Contender, bits: float, records: Records) -> None:
+def _external(bench: Bench, contender: Contender, bits: float, records: Records) -> None:
     """A quantiser of another library at one budget."""
     model, backend = bench.model, contender.method
     reason = refused(backend, model.config)
@@ -256,54 +164,11 @@ def _external(bench: _Bench, contender: Contender, bits: float, records: Records
         r for r in records.of("quality") if r["method"] == backend and r["settings"] == named["settings"]
     )
     twin = next(twins, None)
-    measured = _stock_row(bench, backend, setting) if twin is None else _shared(twin)
+    measured = bench.stock(backend, setting) if twin is None else _shared(twin)
     if not _finite(measured):
         _refuse(records, contender, bits, f"{contender.name}: its logits are not finite.")
         return
     _put(records, "quality", contender.arm(bits), {**named, **measured})
-
-
-def _plan_row(bench: _Bench, plan: Plan) -> Content:
-    result = evaluate(bench.model, plan, bench.batches, reference=bench.reference)
-    with enable(bench.model):
-        agreed = bench.agreement(PackedCache(plan, bench.model.config, monitor=False))
-    encode, decode = times(list(plan_jobs(plan, bench.seen)))
-    said = result.to_json()
-    del said["method"], said["drift"]
-    return {
-        **said,
-        "static_bytes": plan.ledger().static_bytes,
-        "sinks": plan.sinks,
-        **agreed,
-        "encode_us_per_token": encode,
-        "decode_us_per_token": decode,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _stock_row(bench: _Bench, backend: str, setting: Setting) -> Content:
-    model = bench.model
-    found, stored = measure_stock(model, bench.batches, backend, setting, setting, bench.reference)
-    windows = [window for window, _ in found]
-    elements = sum(k.numel() + v.numel() for k, v in bench.seen.values()) * len(windows)
-    encode, decode = times(list(stock_jobs(model.config, backend, setting, bench.seen)))
-    return {
-        "true_bits": stored.true_bits,
-        "key_bits": stored.key_bits,
-        "value_bits": stored.value_bits,
-        "true_bits_as_run": stored.as_run,
-        "cache_bytes": round(stored.true_bits * elements / 8),
-        "baseline_bytes": 2 * elements,
-        "tokens": sum(ids.numel() for ids in bench.batches),
-        "kl_p99": percentile([kl for _, kl in found]),
-        **{name: figure.to_json() for name, figure in estimates(windows).items()},
-        "windows": [vars(window) for window in windows],
-        "static_bytes": 0,
-        **bench.agreement(stock_cache(model.config, backend, setting)),
-        "encode_us_per_token": encode,
-        "decode_us_per_token": decode,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def _named(contender: Contender, bits: float | None) -> Content:
