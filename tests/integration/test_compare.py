@@ -186,7 +186,7 @@ def test_what_fails_before_any_budget_is_no_refusal(model, tmp_path, monkeypatch
     monkeypatch.setattr(fitting, "gather_stats", failing)
     with pytest.raises(KVSightError, match="do not fit"):
         compare(model("llama"), TEXTS, WHO, BITS, found)
-    assert [row["arm"] for row in found.rows] == ["uncompressed"]
+    assert [row["kind"] for row in found.rows] == ["provenance", "quality"]
 
 
 def test_logits_that_are_no_numbers_are_refused(model, tmp_path, monkeypatch):
