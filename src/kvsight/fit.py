@@ -121,7 +121,7 @@ def fit(  # noqa: PLR0913
         for text in doubts(stats):
             _log.warning("%s", text)
     notes |= dict(provenance or {})
-    request = _settled(request, stats)
+    request = settled(request, stats)
     prepared = prepare_from_stats(model, stats, request, progress)
     make = partial(plan_from_stats, model, stats, prepared=prepared)
     if request.sinks is None:
@@ -144,7 +144,7 @@ def plan_from_stats(
     Plans that differ in budget, sinks or constraints only can share what ``prepare_from_stats`` gave.
     """
     check(request)
-    request = _settled(request, stats)
+    request = settled(request, stats)
     dense = _dense_dtype(model, request)
     if prepared is None:
         prepared = prepare(stats, request, dense, progress)
@@ -175,7 +175,7 @@ def prepare_from_stats(
 ) -> Prepared:
     """What plans of these methods and options have in common: the curves of every layer and side."""
     check(request)
-    request = _settled(request, stats)
+    request = settled(request, stats)
     return prepare(stats, request, _dense_dtype(model, request), progress)
 
 
@@ -202,7 +202,7 @@ def gather_stats(
     return by_perturbation(model, stats, _spaced(batches, 2), exact, progress)
 
 
-def _settled(request: Request, stats: Stats) -> Request:
+def settled(request: Request, stats: Stats) -> Request:
     """Without a common unit of damage, layers and sides cannot be weighed: all get the same bits."""
     rules = {request.rule(side) for side in SIDES}
     if stats.weighed or "measured" not in rules or request.constraints != Constraints():

@@ -15,6 +15,7 @@ from kvsight.fit import (
     make_request,
     plan_from_stats,
     prepare_from_stats,
+    settled,
     trial_probe,
 )
 from kvsight.plan import Plan
@@ -63,7 +64,7 @@ class Fitter:
     def plan(self, bits: float) -> Plan:
         lab = self.lab
         request = make_request(self.contender.method, bits, options=self.contender.options)
-        request = replace(request, sinks=None)
+        request = settled(replace(request, sinks=None), self.stats)
         if self._prepared is None:
             self._prepared = prepare_from_stats(lab.model, self.stats, request, lab.progress)
         make = partial(plan_from_stats, lab.model, self.stats, prepared=self._prepared)
