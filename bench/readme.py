@@ -43,13 +43,22 @@ def table(rows: Sequence[Row], pairs: Iterable[Row]) -> str:
             _interval(ours["kl"]),
             f"`{peer['method']}` at {peer['true_bits']:.2f}: {_interval(peer['kl'])}",
             _interval(pair["difference"]),
-            "" if pair["bits_saved"] is None else f"{pair['bits_saved']:.2f}",
+            _saved(pair, ours, [row for row in rows if not row["ours"]]),
             f"{ours['perplexity']['mean']:.2f} / {ours['baseline_perplexity']['mean']:.2f}",
             f"{100 * ours['same_top']['mean']:.1f} %",
             f"{ours['cache_bytes']:,} / {ours['baseline_bytes']:,}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _saved(pair: Row, ours: Row, others: Sequence[Row]) -> str:
+    """Bits saved at equal KL, or by how much no other was enough."""
+    if pair["bits_saved"] is not None:
+        return f"{pair['bits_saved']:.2f}"
+    most = max(row["true_bits"] for row in others) - ours["true_bits"]
+    reached = any(row["kl"]["mean"] <= ours["kl"]["mean"] for row in others)
+    return "" if reached or round(most, 1) <= 0 else f"over {most:.1f}"
 
 
 def _interval(figure: Row) -> str:

@@ -62,6 +62,19 @@ def test_a_new_number_changes_both(readme, records):
     assert readme.drawn(changed, "svg") != readme.drawn(rows, "svg") == readme.drawn(rows, "svg")
 
 
+def test_bits_saved_are_a_number_a_bound_or_nothing(readme):
+    def saved(known, kls, bits):
+        ours = {"true_bits": 3.0, "kl": {"mean": 0.02}}
+        others = [{"true_bits": b, "kl": {"mean": kl}} for b, kl in zip(bits, kls, strict=True)]
+        return readme._saved({"bits_saved": known}, ours, others)
+
+    assert saved(0.987, [0.01], [4]) == "0.99"
+    assert saved(None, [0.3, 0.03], [3, 4]) == "over 1.0"
+    assert saved(None, [0.3, 0.03], [3, 3.02]) == ""
+    # others that are better with fewer bits than any we know of: nothing to boast of
+    assert saved(None, [0.01, 0.005], [3, 4]) == ""
+
+
 def test_one_line_per_method_and_one_point_per_configuration(readme, records):
     rows = quality_rows(records)
     lines = readme.lines(rows)
