@@ -37,7 +37,7 @@ def tasks_command(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples of every task.", show_default="4 to 128, by task"),
+        typer.Option(min=1, help="Samples of every task.", show_default="6 to 128, by task"),
     ] = None,
     length: Annotated[
         int | None,
@@ -96,30 +96,27 @@ def _read(path: Path) -> "Source":
 
 
 def _print_rows(rows: "list[Row]") -> None:
+    """A line for the metric of each task and plan, and for whatever else its samples carry."""
     uncompressed = {row["task"]: row for row in rows if row["difference"] is None}
     lines = []
     for row in rows:
-        change = row["difference"]
-        if change is None:
-            continue
-        before = uncompressed[row["task"]]["value"]["mean"]
-        lines.append(
-            (
-                row["task"],
-                row["arm"],
-                row["metric"],
-                f"{before:.4g}",
-                f"{row['value']['mean']:.4g}",
-                f"{change['mean']:+.4f}",
-                _interval(change),
-                str(change["n"]),
-            )
-        )
+        before = uncompressed[row["task"]]
+        figures = [(row["metric"], before["value"], row["value"], row["difference"])]
+        for name, extra in row["detail"].items():
+            if "value" in extra:
+                figures.append((name, before["detail"][name]["value"], extra["value"], extra["difference"]))
+        lines += [
+            (row["task"], row["arm"], *_cells(*figure)) for figure in figures if figure[3] is not None
+        ]
     header = ("task", "plan", "metric", "uncompressed", "packed", "difference", "95 % interval", "n")
     print_table(header, lines, "Packed against uncompressed, paired over samples", text_columns=3)
 
 
-def _interval(change: dict[str, Any]) -> str:
-    if change["low"] is None:
-        return "one sample has none"
-    return f"{change['low']:+.4f} to {change['high']:+.4f}"
+def _cells(
+    metric: str, before: dict[str, Any], packed: dict[str, Any], change: dict[str, Any]
+) -> tuple[str, ...]:
+    interval = "one sample has none"
+    if change["low"] is not None:
+        interval = f"{change['low']:+.4f} to {change['high']:+.4f}"
+    means = f"{before['mean']:.4g}", f"{packed['mean']:.4g}", f"{change['mean']:+.4f}"
+    return metric, *means, interval, str(change["n"])

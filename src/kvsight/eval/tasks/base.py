@@ -69,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample's value of the task's metric, further values by name, and its parts."""
+    """One sample's value of the task's metric, further values by name (0 or more), and its parts."""
 
     id: str
     value: float

@@ -87,7 +87,7 @@ TASK = Task(
     True,
     0.0,
     1.0,
-    4,
+    8,
     ("texts", "length", "generated"),
     prepare,
     _measure,

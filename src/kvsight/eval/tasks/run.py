@@ -79,7 +79,7 @@ def _row(task: Task, arm: Arm, samples: Sequence[Sample], baseline: Row | None) 
     before = None if baseline is None else baseline["samples"]
     detail: dict[str, Any] = {
         name: {
-            "value": mean_interval([s.extras[name] for s in samples]).to_json(),
+            "value": mean_interval([s.extras[name] for s in samples], least=0.0).to_json(),
             "difference": _difference(values, before, name),
         }
         for name in samples[0].extras
