@@ -6,7 +6,7 @@ from typing import Any
 
 from kvsight.errors import KVSightError
 from kvsight.eval.conditions import shared_conditions
-from kvsight.eval.intervals import Estimate, mean_interval
+from kvsight.eval.intervals import mean_interval, paired_interval
 from kvsight.eval.tasks.arms import UNCOMPRESSED, Arm
 from kvsight.eval.tasks.base import Sample, Setting, Task
 from kvsight.records import Conditions, Records, Row
@@ -108,17 +108,8 @@ def _difference(
 ) -> dict[str, Any] | None:
     if before is None:
         return None
-    return paired(values, before, name).to_json()
-
-
-def paired(
-    values: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], name: str = "value"
-) -> Estimate:
-    """Mean of the differences of samples with the same id, with its interval."""
-    known = {sample["id"]: sample[name] for sample in before}
-    if known.keys() != {sample["id"] for sample in values} or len(known) != len(values):
-        raise KVSightError("samples do not pair: the two arms read different ones.")
-    return mean_interval([sample[name] - known[sample["id"]] for sample in values])
+    now, then = ({sample["id"]: sample[name] for sample in side} for side in (values, before))
+    return paired_interval(now, then).to_json()
 
 
 def _places(samples: Sequence[Sample], before: Sequence[Row] | None) -> list[dict[str, float | int]]:
