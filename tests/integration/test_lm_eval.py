@@ -1,9 +1,9 @@
 """lm-evaluation-harness reads the packed cache, for every kind of request, on local tasks."""
 
 import json
-import subprocess
-import sys
+import runpy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ TASKS = {
         "output_type": "generate_until",
         "doc_to_text": "{{question}}",
         "doc_to_target": " {{choices[answer]}}",
-        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False},
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 16, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
     },
 }
@@ -144,7 +144,7 @@ def test_the_identity_plan_answers_as_the_stock_model(task, results):
     ours, stock = results["identity"], results["stock"]
     if task == "write":
         assert answers(ours, task) == answers(stock, task)
-        assert any(len(text[0].split()) > 5 for text in answers(ours, task))
+        assert any(len(text[0].split()) > 3 for text in answers(ours, task))
         return
     # attention on codes adds up in another order
     assert numbers(ours, task) == pytest.approx(numbers(stock, task), rel=1e-5, abs=1e-4)
@@ -203,22 +203,20 @@ def test_differences_are_paired_over_documents(results):
     assert all(e.low == e.mean == e.high == 0 for figures in same.values() for e in figures.values())
 
 
-def test_the_command_line_knows_the_model_and_its_logs_are_read(tmp_path, tasks, plans, pico):
+def test_the_command_line_knows_the_model_and_its_logs_are_read(
+    tmp_path, tasks, plans, evaluate, monkeypatch, capsys
+):
+    """In this process, and without lm_eval's own ten thousand tasks, which take half a minute to find."""
     plans["identity"].save(tmp_path / "plan")
-    code = subprocess.run(
-        [
-            *(sys.executable, "-m", "kvsight.integrations.lm_eval", "--model", "kvsight"),
-            *("--model_args", f"plan={tmp_path / 'plan'},dtype=float32", "--tasks", "kv_capitals"),
-            *("--include_path", str(tasks), "--device", "cpu", "--batch_size", "2", "--log_samples"),
-            *("--output_path", str(tmp_path / "out")),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**__import__("os").environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    arguments = (
+        *("--model", "kvsight", "--model_args", f"plan={tmp_path / 'plan'},dtype=float32"),
+        *("--tasks", "kv_capitals", "--include_path", str(tasks), "--device", "cpu"),
+        *("--batch_size", "2", "--log_samples", "--output_path", str(tmp_path / "out")),
     )
-    assert code.returncode == 0, code.stderr
-    assert "kv_capitals" in code.stdout
+    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments])
+    runpy.run_module("kvsight.integrations.lm_eval", run_name="__main__")
+    assert "kv_capitals" in capsys.readouterr().out
     logs = read_logs(tmp_path / "out")
     assert [len(samples) for samples in logs.values()] == [len(QUESTIONS)]
     assert paired_tasks(logs, logs)["kv_capitals"]["acc,none"].mean == 0
