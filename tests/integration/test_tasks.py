@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,8 +185,10 @@ def test_books_slide_by_half_and_count_each_token_once(pico, setting):
     assert starts == list(range(0, len(ids) - 199, 100))
     assert all(item.ids.tolist() == ids[at : at + 200] for item, at in zip(items, starts, strict=True))
     assert {item.scored for item in items} == {100}
-    few = books.prepare(Setting(model, tokenizer, (text, text), None, 4, 200, 1))
-    assert len(few) == 4
+    few = books.prepare(Setting(model, tokenizer, (text, replace(text, name="again")), None, 4, 200, 1))
+    assert [item.id.partition(":")[0] for item in few] == ["book", "book", "again", "again"]
+    with pytest.raises(KVSightError, match="two texts are named book"):
+        Setting(model, tokenizer, (text, text), None, 4, 200, 1)
 
 
 def test_position_ranges_are_disjoint_and_whole(arms, setting):
@@ -324,7 +327,7 @@ def test_a_run_goes_on_where_it_stopped(measured, setting, arms, monkeypatch):
         "pico-8m",
         lambda *call: calls.append(call),
     )
-    assert calls == [(f"copy {arms['coarse'].label}", done, 2) for done in (1, 2)]
+    assert calls == [("copy", 1, 2), ("copy", 2, 2)]
     assert again == rows
     assert (folder / "records.jsonl").read_bytes() == content
 

@@ -48,6 +48,13 @@ class Setting:
     length: int
     generated: int
 
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.texts]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            # a sample is told by the name of its text
+            raise KVSightError(f"two texts are named {twice}; give each a name of its own.")
+
     def describe(self) -> dict[str, str | int]:
         """By name, what numbers may depend on."""
         return {

@@ -45,8 +45,8 @@ def run_tasks(
         records = Records.open(directory, conditions)
         missing = [arm for arm in everyone if _known(records, task, arm) is None]
         items = task.prepare(setting) if missing else ()
-        for arm in missing:
-            samples = _measure(task, arm, items, progress)
+        for done, arm in enumerate(missing):
+            samples = _measure(task, arm, items, progress, (done, len(missing)))
             row = _row(task, arm, samples, records.get("task", (task.name, UNCOMPRESSED)))
             records.append("task", (task.name, arm.label), row)
         found = (records.get("task", (task.name, arm.label)) for arm in everyone)
@@ -63,13 +63,17 @@ def _known(records: Records, task: Task, arm: Arm) -> Row | None:
     return row
 
 
-def _measure(task: Task, arm: Arm, items: tuple[Any, ...], progress: Progress | None) -> list[Sample]:
+def _measure(
+    task: Task, arm: Arm, items: tuple[Any, ...], progress: Progress | None, turn: tuple[int, int]
+) -> list[Sample]:
+    """All samples of one arm, the ``turn``-th of so many that are measured."""
     samples: list[Sample] = []
+    before, arms = turn
     with arm.reading():
         for done, item in enumerate(items, start=1):
             samples += task.measure(arm, item)
             if progress is not None:
-                progress(f"{task.name} {arm.label}", done, len(items))
+                progress(task.name, before * len(items) + done, arms * len(items))
     return samples
 
 

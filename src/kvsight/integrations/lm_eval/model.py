@@ -69,6 +69,7 @@ class KVSightLM(HFLM):
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
+        assert attn_mask is None and labels is None, "only encoder-decoder models are given these"
         with torch.inference_mode(), enable(self.model):
             logits: Tensor = self.model(inps, past_key_values=self._cache(), use_cache=True).logits
         return logits
