@@ -99,6 +99,18 @@ def test_a_packed_arm_reads_codes_in_one_pass(pico, plans, arms):
         assert float((found - score(arms[UNCOMPRESSED], ids).loss).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "gpt-oss", "qwen3-next"])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_arms_read_sliding_and_linear_layers_too(kind, pieces, model, plan, monkeypatch):
+    subject, ids = model(kind), tokens(30)
+    monkeypatch.setattr("kvsight.eval.tasks.arms._ELEMENTS", 30 // pieces * 64)
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(subject(ids[None]).logits[0, :-1], ids[1:])
+    for arm in (Arm(UNCOMPRESSED, subject), packed_arm(subject, plan(kind, "identity"))):
+        with arm.reading():
+            assert float(score(arm, ids).loss.mean()) == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_an_arm_whose_cache_is_not_read_fails(arms):
     with pytest.raises(KVSightError, match="did not read the packed cache"):
         check_read(arms["int"].cache())
