@@ -359,7 +359,7 @@ def test_other_conditions_and_other_plans_are_refused(measured, pico, setting, a
 
 def test_tasks_are_chosen_by_name(setting):
     assert chosen("all") == tuple(TASKS.values())
-    assert [task.name for task in chosen("copy,books")] == ["copy", "books"]
+    assert [task.name for task in chosen("copy, books")] == ["copy", "books"]
     with pytest.raises(KVSightError, match=r"unknown task .book.\. Did you mean books\?"):
         chosen("books,book")
     without = Setting(setting.model, setting.tokenizer, setting.texts, None, 1, 100, 1)

@@ -22,7 +22,9 @@ def tasks_command(
     ],
     tasks: Annotated[
         str,
-        typer.Option(help="all, or a list: lambada,last-word,books,copy,induction,recall,continuation."),
+        typer.Option(
+            help="all, or some of lambada, last-word, books, copy, induction, recall, continuation."
+        ),
     ] = "all",
     model: ModelOption = None,
     text: Annotated[

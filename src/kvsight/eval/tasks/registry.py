@@ -26,7 +26,7 @@ def chosen(names: str) -> tuple[Task, ...]:
     if names == "all":
         return tuple(TASKS.values())
     out = []
-    for name in names.split(","):
+    for name in map(str.strip, names.split(",")):
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
