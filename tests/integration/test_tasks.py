@@ -130,7 +130,7 @@ def test_arms_are_named_by_method_and_stored_bits(pico, plans, arms):
 def test_the_identity_plan_is_the_uncompressed_model(name, setting, arms):
     """Every task, on every sample, up to the rounding of attention."""
     task = TASKS[name]
-    items = task.prepare(setting)
+    items = task.items(setting)
     packed, plain = (read(arms[label], task, items) for label in ("identity", UNCOMPRESSED))
     assert [s.id for s in packed] == [s.id for s in plain]
     assert len(plain) == 2
@@ -144,7 +144,7 @@ def test_the_identity_plan_is_the_uncompressed_model(name, setting, arms):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_coarse_plan_is_not(name, setting, arms):
     task = TASKS[name]
-    items = task.prepare(setting)
+    items = task.items(setting)
     packed, plain = (read(arms[label], task, items) for label in ("coarse", UNCOMPRESSED))
     before, after = ([(s.value, *s.extras.values()) for s in side] for side in (plain, packed))
     assert before != after
@@ -154,7 +154,7 @@ def test_a_coarse_plan_is_not(name, setting, arms):
 def test_last_words_are_words_and_contexts_come_whole(task, setting):
     found = {LAMBADA: lambada_passages(setting.lambada), LAST_WORD: text_passages(setting.texts[0])}[task]
     assert all(word.startswith(" ") and word.strip().isalpha() for _, word in found)
-    for passage in task.prepare(setting):
+    for passage in task.items(setting):
         context, word = found[int(passage.id)]
         assert setting.tokenizer.decode(passage.ids[-passage.target :]) == word
         assert setting.tokenizer.decode(passage.ids[: -passage.target]) == context
@@ -163,9 +163,18 @@ def test_last_words_are_words_and_contexts_come_whole(task, setting):
         assert len({context[:40] for context, _ in found}) == len(found)
 
 
+def test_passages_of_wrapped_lines_are_found_too():
+    sentence = (
+        "It was the best of times, it was the worst of\ntimes, it was the age of wisdom and of folly.\n"
+    )
+    found = text_passages(Source("wrapped", f"{sentence * 4}\n{sentence * 2}\n{sentence * 3}"))
+    assert [word for _, word in found] == [" folly"] * 2
+    assert [context.count("best") for context, _ in found] == [3, 3]
+
+
 def test_a_last_word_is_right_when_all_its_tokens_are(pico, arms, setting):
     model, _ = pico
-    items = LAMBADA.prepare(setting)
+    items = LAMBADA.items(setting)
     for sample, passage in zip(read(arms[UNCOMPRESSED], LAMBADA, items), items, strict=True):
         with torch.no_grad():
             logits = model(passage.ids[None]).logits[0, -passage.target - 1 : -1]
@@ -179,7 +188,7 @@ def test_bad_passages_are_named():
     with pytest.raises(KVSightError, match="mine, line 2: not a LAMBADA passage"):
         lambada_passages(Source("mine", '{"text": "a b"}\n{"words": 1}\n'))
     with pytest.raises(KVSightError, match="no passage that ends with a word"):
-        LAST_WORD.prepare(_with(texts=(Source("short", "Too short."),)))
+        LAST_WORD.items(_with(texts=(Source("short", "Too short."),)))
 
 
 def _with(**changes):
@@ -192,12 +201,12 @@ def test_books_slide_by_half_and_count_each_token_once(pico, setting):
     model, tokenizer = pico
     text = Source("book", assets.text("validation")[:8_000])
     ids = tokenizer(text.text, verbose=False)["input_ids"]
-    items = books.prepare(Setting(model, tokenizer, (text,), None, 1000, 200, 1))
+    items = books.TASK.items(Setting(model, tokenizer, (text,), None, 1000, 200, 1))
     starts = [int(item.id.rpartition(":")[2]) for item in items]
     assert starts == list(range(0, len(ids) - 199, 100))
     assert all(item.ids.tolist() == ids[at : at + 200] for item, at in zip(items, starts, strict=True))
     assert {item.scored for item in items} == {100}
-    few = books.prepare(Setting(model, tokenizer, (text, replace(text, name="again")), None, 4, 200, 1))
+    few = books.TASK.items(Setting(model, tokenizer, (text, replace(text, name="again")), None, 4, 200, 1))
     assert [item.id.partition(":")[0] for item in few] == ["book", "book", "again", "again"]
     with pytest.raises(KVSightError, match="two texts are named book"):
         Setting(model, tokenizer, (text, text), None, 4, 200, 1)
@@ -207,7 +216,7 @@ def test_position_ranges_are_disjoint_and_whole(arms, setting):
     assert books.edges(2048) == [1, 64, 128, 256, 512, 1024, 2048]
     assert books.edges(300) == [1, 64, 128, 256, 300]
     assert books.edges(40) == [1, 40]
-    items = books.prepare(setting)[:1]
+    items = books.TASK.items(setting)[:1]
     (sample,) = read(arms[UNCOMPRESSED], books.TASK, items)
     with arms[UNCOMPRESSED].reading():
         loss = score(arms[UNCOMPRESSED], items[0].ids).loss
@@ -221,7 +230,7 @@ def test_probes_ask_for_what_was_shown_at_the_distance_they_say(task, pico):
     model, tokenizer = pico
     source = Source("validation", assets.text("validation"))
     wide = Setting(model, tokenizer, (source,), None, 3, 2048, 1)
-    probes = task.prepare(wide)
+    probes = task.items(wide)
     assert len({tuple(p.ids.tolist()) for p in probes}) == 3
     for probe in probes:
         assert [d for d, _ in probe.scored] == [64, 384, 1024]
@@ -233,13 +242,13 @@ def test_probes_ask_for_what_was_shown_at_the_distance_they_say(task, pico):
             first = second - distance - len(second)
             assert positions.tolist() == second[1:].tolist()
             assert torch.equal(probe.ids[second], probe.ids[first])
-    again = task.prepare(wide)
+    again = task.items(wide)
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(probes, again, strict=True))
 
 
 def test_recall_pairs_keys_with_values(pico, setting):
     _, tokenizer = pico
-    (probe, *_) = recall.TASK.prepare(setting)
+    (probe, *_) = recall.TASK.items(setting)
     ids = probe.ids.tolist()
     (distance, positions), *_ = probe.scored
     shown = tokenizer.decode(ids[: min(positions.tolist()) - distance])
@@ -255,17 +264,17 @@ def test_probes_need_room_and_names(pico):
     model, tokenizer = pico
     text = Source("validation", assets.text("validation"))
     with pytest.raises(KVSightError, match=r"this run has 80. Raise --length"):
-        induction.TASK.prepare(Setting(model, tokenizer, (text,), None, 1, 80, 1))
+        induction.TASK.items(Setting(model, tokenizer, (text,), None, 1, 80, 1))
     plain = Source("plain", "the small words of a text without any names " * 100)
     with pytest.raises(KVSightError, match="recall needs 12 capitalised words"):
-        recall.TASK.prepare(Setting(model, tokenizer, (plain,), None, 1, 300, 1))
+        recall.TASK.items(Setting(model, tokenizer, (plain,), None, 1, 300, 1))
 
 
 @pytest.mark.slow
 def test_the_first_difference_is_where_generation_parts(pico, plans, arms, setting):
     """The teacher-forced pass finds the same common trajectory as two free runs of ``generate``."""
     model, _ = pico
-    (item,) = continuation.prepare(setting)
+    (item,) = continuation.TASK.items(setting)
     assert item.prompts.shape == (2, 64)
     assert item.tokens.shape == (2, 24)
     fixed = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}

@@ -86,7 +86,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: ``prepare`` makes its items once, ``measure`` reads one item with one arm.
+    """A task: ``prepare`` makes items of so many samples once, ``measure`` reads one item with one arm.
 
     Args:
         samples: how many by default.
@@ -103,13 +103,17 @@ class Task:
     most: float
     samples: int
     uses: tuple[str, ...]
-    prepare: Callable[[Setting], tuple[Any, ...]]
+    prepare: Callable[[Setting, int], tuple[Any, ...]]
     measure: Callable[[Arm, Any], tuple[Sample, ...]]
     needs: str = ""
     places: str = ""
 
     def count(self, setting: Setting) -> int:
         return self.samples if setting.samples is None else setting.samples
+
+    def items(self, setting: Setting) -> tuple[Any, ...]:
+        """What every arm is given."""
+        return self.prepare(setting, self.count(setting))
 
     def conditions(self, setting: Setting) -> dict[str, str | int]:
         """What the numbers depend on, beside model and versions."""

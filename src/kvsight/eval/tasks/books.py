@@ -1,5 +1,6 @@
 """Long-context perplexity: windows as long as the model reads, sliding by half over whole texts."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ class Window:
     scored: int
 
 
-def prepare(setting: Setting) -> tuple[Window, ...]:
+def _prepare(setting: Setting, count: int) -> tuple[Window, ...]:
     """Windows spread evenly over all windows of all texts; no window crosses from text to text.
 
     Each counts only its second half, so that every token counts once and has half a window before it.
@@ -34,7 +35,7 @@ def prepare(setting: Setting) -> tuple[Window, ...]:
     for source in setting.texts:
         ids = source_ids(setting.tokenizer, source, length)
         found += [(source.name, ids, start) for start in range(0, len(ids) - length + 1, stride)]
-    chosen = [found[i] for i in spread(TASK.count(setting), len(found))]
+    chosen = [found[i] for i in spread(count, len(found))]
     return tuple(
         Window(f"{name}:{start}", cat([first, ids[start : start + length]]), setting.length - stride)
         for name, ids, start in chosen
@@ -63,14 +64,14 @@ def edges(length: int) -> list[int]:
 
 
 TASK = Task(
-    "books",
-    "loss",
-    False,
-    0.0,
-    float("inf"),
-    6,
-    ("texts", "length"),
-    prepare,
-    _measure,
+    name="books",
+    metric="loss",
+    higher_is_better=False,
+    least=0.0,
+    most=math.inf,
+    samples=6,
+    uses=("texts", "length"),
+    prepare=_prepare,
+    measure=_measure,
     places="positions",
 )

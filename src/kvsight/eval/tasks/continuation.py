@@ -29,7 +29,7 @@ class Continued:
     tokens: Tensor
 
 
-def prepare(setting: Setting) -> tuple[Continued, ...]:
+def _prepare(setting: Setting, count: int) -> tuple[Continued, ...]:
     """Prompts spread evenly over the texts, all continued in one batch; an end token is a token."""
     generated = min(setting.generated, setting.length - _PROMPT)
     if generated < 1:
@@ -43,7 +43,7 @@ def prepare(setting: Setting) -> tuple[Continued, ...]:
     for source in setting.texts:
         ids = source_ids(setting.tokenizer, source, room)
         found += [tensor([*first, *ids[at : at + room]]) for at in range(0, len(ids) - room + 1, room)]
-    prompts = stack([found[i] for i in spread(TASK.count(setting), len(found))]).to(setting.model.device)
+    prompts = stack([found[i] for i in spread(count, len(found))]).to(setting.model.device)
     return (Continued(prompts, _greedy(Arm(UNCOMPRESSED, setting.model), prompts, generated)),)
 
 
@@ -82,14 +82,14 @@ def _sample(name: str, same: Tensor) -> Sample:
 
 
 TASK = Task(
-    "continuation",
-    "agreement",
-    True,
-    0.0,
-    1.0,
-    8,
-    ("texts", "length", "generated"),
-    prepare,
-    _measure,
+    name="continuation",
+    metric="agreement",
+    higher_is_better=True,
+    least=0.0,
+    most=1.0,
+    samples=8,
+    uses=("texts", "length", "generated"),
+    prepare=_prepare,
+    measure=_measure,
     places="lengths",
 )

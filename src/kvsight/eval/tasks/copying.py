@@ -4,9 +4,7 @@ Small models copy words in their order long before they copy random tokens. Part
 copy, since text foretells itself; the uncompressed model has that part too.
 """
 
-from kvsight.eval.tasks import probes
-from kvsight.eval.tasks.base import Setting, Task
-from kvsight.eval.tasks.probes import Block, Material, filler
+from kvsight.eval.tasks.probes import Block, Material, filler, probe_task
 
 _TOKENS = 48
 
@@ -17,19 +15,4 @@ def block(material: Material) -> Block:
     return Block(passage, passage, list(range(1, _TOKENS)))
 
 
-def _prepare(setting: Setting) -> tuple[probes.Probe, ...]:
-    return probes.prepare(setting, TASK.name, TASK.count(setting), block)
-
-
-TASK = Task(
-    "copy",
-    "accuracy",
-    True,
-    0.0,
-    1.0,
-    8,
-    ("texts", "length"),
-    _prepare,
-    probes.measure,
-    places="distances",
-)
+TASK = probe_task("copy", block)

@@ -3,9 +3,7 @@
 Nothing but the context foretells a random token. The first token of the second copy is not scored.
 """
 
-from kvsight.eval.tasks import probes
-from kvsight.eval.tasks.base import Setting, Task
-from kvsight.eval.tasks.probes import Block, Material
+from kvsight.eval.tasks.probes import Block, Material, probe_task
 
 _TOKENS = 32
 
@@ -18,19 +16,4 @@ def block(material: Material) -> Block:
     return Block(drawn, drawn, list(range(1, _TOKENS)))
 
 
-def _prepare(setting: Setting) -> tuple[probes.Probe, ...]:
-    return probes.prepare(setting, TASK.name, TASK.count(setting), block)
-
-
-TASK = Task(
-    "induction",
-    "accuracy",
-    True,
-    0.0,
-    1.0,
-    8,
-    ("texts", "length"),
-    _prepare,
-    probes.measure,
-    places="distances",
-)
+TASK = probe_task("induction", block)

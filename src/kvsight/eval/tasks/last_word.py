@@ -7,7 +7,8 @@ nobody made sure of that: it is easier in part and impossible in part, and not c
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from torch import Tensor, arange, tensor
@@ -20,6 +21,7 @@ from kvsight.eval.tasks.tokens import encode, lead, spread
 # a passage of running text has at least so many words, as LAMBADA's have (75 on average)
 _WORDS = 60
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_BLANK = re.compile(r"\n\s*\n")
 _LAST = re.compile(r"([^\W\d_]{3,})\s*[.!?]$")
 
 
@@ -52,8 +54,13 @@ def lambada_passages(source: Source) -> list[tuple[str, str]]:
 
 def text_passages(source: Source) -> list[tuple[str, str]]:
     """(context, " word") of passages of whole sentences, none of which share a sentence."""
+    # a text of wrapped lines has no line of so many words; there, blank lines part paragraphs
+    return _passages(source.text.split("\n")) or _passages(_BLANK.split(source.text))
+
+
+def _passages(paragraphs: Sequence[str]) -> list[tuple[str, str]]:
     out = []
-    for paragraph in source.text.split("\n"):
+    for paragraph in paragraphs:
         kept: list[str] = []
         for sentence in _SENTENCE.split(paragraph.strip()):
             kept.append(sentence)
@@ -65,15 +72,15 @@ def text_passages(source: Source) -> list[tuple[str, str]]:
     return out
 
 
-def _prepare_lambada(setting: Setting) -> tuple[Passage, ...]:
+def _prepare_lambada(setting: Setting, count: int) -> tuple[Passage, ...]:
     if setting.lambada is None:
         raise KVSightError("lambada reads a file of passages; give --lambada FILE.")
-    return _encoded(setting, lambada_passages(setting.lambada), LAMBADA.count(setting))
+    return _encoded(setting, lambada_passages(setting.lambada), count)
 
 
-def _prepare_text(setting: Setting) -> tuple[Passage, ...]:
+def _prepare_text(setting: Setting, count: int) -> tuple[Passage, ...]:
     found = [pair for source in setting.texts for pair in text_passages(source)]
-    return _encoded(setting, found, LAST_WORD.count(setting))
+    return _encoded(setting, found, count)
 
 
 def _encoded(setting: Setting, found: list[tuple[str, str]], count: int) -> tuple[Passage, ...]:
@@ -103,15 +110,17 @@ def _measure(arm: Arm, passage: Passage) -> tuple[Sample, ...]:
 
 
 LAMBADA = Task(
-    "lambada",
-    "accuracy",
-    True,
-    0.0,
-    1.0,
-    128,
-    ("lambada", "length"),
-    _prepare_lambada,
-    _measure,
+    name="lambada",
+    metric="accuracy",
+    higher_is_better=True,
+    least=0.0,
+    most=1.0,
+    samples=128,
+    uses=("lambada", "length"),
+    prepare=_prepare_lambada,
+    measure=_measure,
     needs="lambada",
 )
-LAST_WORD = Task("last-word", "accuracy", True, 0.0, 1.0, 64, ("texts", "length"), _prepare_text, _measure)
+LAST_WORD = replace(
+    LAMBADA, name="last-word", samples=64, uses=("texts", "length"), prepare=_prepare_text, needs=""
+)

@@ -6,6 +6,7 @@ one pass over the longest distance measures every shorter one on the way.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, tensor
 
 from kvsight.errors import KVSightError
 from kvsight.eval.tasks.arms import Arm, score
-from kvsight.eval.tasks.base import Part, Sample, Setting
+from kvsight.eval.tasks.base import Part, Sample, Setting, Task
 from kvsight.eval.tasks.tokens import lead, source_ids
 
 # tokens between what is shown and its question; each holds the shorter ones with their questions
@@ -48,8 +49,24 @@ class Material:
     random: Random
 
 
-def prepare(
-    setting: Setting, name: str, count: int, make: Callable[[Material], Block]
+def probe_task(name: str, make: Callable[[Material], Block]) -> Task:
+    """The task of asking for blocks that ``make`` draws."""
+    return Task(
+        name=name,
+        metric="accuracy",
+        higher_is_better=True,
+        least=0.0,
+        most=1.0,
+        samples=8,
+        uses=("texts", "length"),
+        prepare=partial(_prepare, name, make),
+        measure=_measure,
+        places="distances",
+    )
+
+
+def _prepare(
+    name: str, make: Callable[[Material], Block], setting: Setting, count: int
 ) -> tuple[Probe, ...]:
     """``count`` probes; each sample's random numbers are drawn from its own fixed seed."""
     source = setting.texts[0]
@@ -61,7 +78,7 @@ def prepare(
     return tuple(probes)
 
 
-def measure(arm: Arm, probe: Probe) -> tuple[Sample, ...]:
+def _measure(arm: Arm, probe: Probe) -> tuple[Sample, ...]:
     """Accuracy over all scored tokens, teacher-forced; by distance in the parts."""
     scores = score(arm, probe.ids)
     parts = tuple(

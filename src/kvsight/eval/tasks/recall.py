@@ -7,9 +7,7 @@ changing order, since small models need that; only the tokens of the values in t
 import re
 
 from kvsight.errors import KVSightError
-from kvsight.eval.tasks import probes
-from kvsight.eval.tasks.base import Setting, Task
-from kvsight.eval.tasks.probes import Block, Material
+from kvsight.eval.tasks.probes import Block, Material, probe_task
 from kvsight.eval.tasks.tokens import encode
 
 _PAIRS = 6
@@ -58,19 +56,4 @@ def _names(material: Material, count: int) -> list[list[int]]:
     )
 
 
-def _prepare(setting: Setting) -> tuple[probes.Probe, ...]:
-    return probes.prepare(setting, TASK.name, TASK.count(setting), block)
-
-
-TASK = Task(
-    "recall",
-    "accuracy",
-    True,
-    0.0,
-    1.0,
-    8,
-    ("texts", "length"),
-    _prepare,
-    probes.measure,
-    places="distances",
-)
+TASK = probe_task("recall", block)

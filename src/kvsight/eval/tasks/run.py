@@ -44,7 +44,7 @@ def run_tasks(
         conditions = Conditions(f"tasks {task.name}", shared, task.conditions(setting))
         records = Records.open(directory, conditions)
         missing = [arm for arm in everyone if _known(records, task, arm) is None]
-        items = task.prepare(setting) if missing else ()
+        items = task.items(setting) if missing else ()
         for done, arm in enumerate(missing):
             samples = _measure(task, arm, items, progress, (done, len(missing)))
             row = _row(task, arm, samples, records.get("task", (task.name, UNCOMPRESSED)))
