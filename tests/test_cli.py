@@ -217,6 +217,28 @@ def test_doctor_takes_a_model_and_a_text(folder, tiny):
     assert "no-such.txt does not exist" in fail("doctor", "--text", "no-such.txt")
 
 
+def test_tasks_are_measured_once_and_told_in_a_table(folder, fitted):
+    output = folder / "tasks"
+    command = ("tasks", fitted[0], "-o", output, "--tasks", "lambada,copy", "--samples", 2, "--length", 200)
+    done = succeed(*command, "--json", folder / "tasks.json")
+    assert done.stderr == "kvsight: lambada is skipped; it needs --lambada FILE\n"
+    rows = json.loads((folder / "tasks.json").read_text())
+    label = f"int@{round(fitted[1]['true_bits'], 2):g}"
+    assert [row["key"] for row in rows] == [["copy", "uncompressed"], ["copy", label]]
+    for words in ("accuracy", "loss", f"{rows[0]['value']['mean']:.4g}", " to +"):
+        assert words in done.stdout
+    assert "…" not in done.stdout
+    kept = (output / "records.jsonl").read_bytes()
+    assert json.loads(succeed(*command, "--json", "-").stdout) == rows
+    assert (output / "records.jsonl").read_bytes() == kept
+
+
+def test_tasks_fail_in_one_line(folder, fitted, tiny):
+    assert "unknown task 'cpoy'" in fail("tasks", fitted[0], "-o", folder / "no", "--tasks", "cpoy")
+    assert "another model" in fail("tasks", fitted[0], "-o", folder / "no", "--model", tiny)
+    assert not (folder / "no").exists()
+
+
 def test_run_with_the_identity_method_says_what_the_model_says(folder):
     plan = folder / "identity"
     succeed("fit", "--method", "identity", *QUICK, "-o", plan)

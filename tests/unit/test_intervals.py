@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from kvsight.eval.intervals import mean_interval, perplexity_interval
+from kvsight.errors import KVSightError
+from kvsight.eval.intervals import mean_interval, paired_interval, perplexity_interval
 
 
 def test_t_interval_of_three_values():
@@ -41,3 +42,12 @@ def test_perplexity_is_the_exponential_of_the_mean_loss():
     estimate = perplexity_interval([math.log(10), math.log(1000)])
     assert estimate.mean == pytest.approx(100)
     assert estimate.low < 100 < estimate.high
+
+
+def test_pairs_are_made_by_name():
+    # differences 1, 2, 3: as above
+    estimate = paired_interval({"a": 2.0, "b": 5.0, "c": 4.0}, {"c": 1.0, "a": 1.0, "b": 3.0})
+    assert (estimate.mean, estimate.n) == (2.0, 3)
+    assert estimate.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    with pytest.raises(KVSightError, match="samples do not pair: 2 of them, such as 'b', are on one side"):
+        paired_interval({"a": 1.0, "b": 1.0}, {"a": 1.0, "c": 1.0})

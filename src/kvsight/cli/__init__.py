@@ -9,6 +9,7 @@ from kvsight.cli.fit import fit_command
 from kvsight.cli.methods import methods_command
 from kvsight.cli.run import run_command
 from kvsight.cli.show import show_command
+from kvsight.cli.tasks import tasks_command
 
 app = typer.Typer(
     name="kvsight",
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command("fit")(fit_command)
 app.command("eval")(eval_command)
 app.command("compare")(compare_command)
+app.command("tasks")(tasks_command)
 app.command("run")(run_command)
 app.command("show")(show_command)
 app.command("doctor")(doctor_command)

@@ -1,11 +1,13 @@
 """A mean with its interval."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+
+from kvsight.errors import KVSightError
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,17 @@ def perplexity_interval(losses: Sequence[float], level: float = 0.95) -> Estimat
 
 def _exp(x: float) -> float:
     return math.nan if math.isnan(x) else math.exp(x)
+
+
+def paired_interval(values: Mapping[str, float], baseline: Mapping[str, float]) -> Estimate:
+    """Interval of the mean of ``values − baseline`` over samples, paired by their names.
+
+    Raises ``KVSightError`` where the two are not the same samples.
+    """
+    if values.keys() != baseline.keys():
+        alone = sorted(values.keys() ^ baseline.keys())
+        raise KVSightError(
+            f"samples do not pair: {len(alone)} of them, such as {alone[0]!r}, are on one side only. "
+            "Compare runs over the same samples."
+        )
+    return mean_interval([value - baseline[name] for name, value in values.items()])
