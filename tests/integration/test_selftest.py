@@ -17,7 +17,7 @@ def uncoded_reads(monkeypatch):
     """Caches whose bytes are right, and whose readers are given the numbers as they were."""
     start = hf.PackedLayer.__init__
 
-    def broken(layer, plan, planned, reads, raw_prefill, monitor=None):
+    def broken(layer, plan, planned, reads, raw_prefill, monitor=None, tiled=None):
         start(layer, plan, planned, reads, True, monitor)
 
     monkeypatch.setattr(hf.PackedLayer, "__init__", broken)
