@@ -2,6 +2,7 @@
 
 import typer
 
+from kvsight.cli.bench import bench_command
 from kvsight.cli.compare import compare_command
 from kvsight.cli.doctor import doctor_command
 from kvsight.cli.evaluate import eval_command
@@ -25,6 +26,7 @@ app.command("tasks")(tasks_command)
 app.command("run")(run_command)
 app.command("show")(show_command)
 app.command("doctor")(doctor_command)
+app.command("bench")(bench_command)
 app.command("methods")(methods_command)
 
 
