@@ -3,6 +3,8 @@
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from html import escape
+from pathlib import Path
 
 import factory
 import pytest
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 from kvsight.cli import app
 from kvsight.records import FILE, Conditions, Records
 from kvsight.report import build as building
-from kvsight.report import tables
+from kvsight.report import tables, words
 from kvsight.report.contents import Saving, contents
 from kvsight.report.drawing import draw
 from kvsight.report.figures import drawings
@@ -196,6 +198,16 @@ def test_spectra_show_the_most_and_the_fewest_bits():
     widths = [sum(head["widths"]) for head in shown]
     assert widths[0] == max(sum(head["widths"]) for head in heads)
     assert widths[3] == min(sum(head["widths"]) for head in heads)
+
+
+def test_the_committed_example_tells_of_the_committed_records():
+    root = Path(__file__).parents[2]
+    found = contents(Records.read(root / "bench" / "results" / "compare-gqa-32m"))
+    example = (root / "docs" / "example-report" / "report.html").read_text(encoding="utf-8")
+    assert words.title(found.shown) in example
+    for table in (tables.budgets(found), tables.comparison(found)):
+        for cell in (cell for row in table.rows for cell in row):
+            assert f">{escape(cell)}</td>" in example
 
 
 def invoke(*args):

@@ -165,7 +165,7 @@ def _running(found: Contents, drawn: Mapping[str, str]) -> str:
             _list(words.break_even(found.break_even)),
             drawn.get("speed", ""),
             _table(tables.speed(found)),
-            _caption(f"{first['device']}, {first['threads']} threads, batch {first['batch']}. {TIMES}"),
+            _caption(f"{first['device']}, threads: {first['threads']}, batch {first['batch']}. {TIMES}"),
         ]
     return _section("Memory and speed", *parts)
 
