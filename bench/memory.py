@@ -4,18 +4,18 @@ Each arm runs in a process of its own. It fills a cache of the model's shape wit
 model's own keys and values, and reports how much the resident set grew.
 """
 
-import ctypes
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from common import parser, write
-from transformers import DynamicCache
 
 import kvsight
 from kvsight import assets
+from kvsight.eval.arms import UNCOMPRESSED
+from kvsight.eval.caches import Arm, arm_of, layer_shapes
+from kvsight.eval.memory import Place, footprint
 from kvsight.integrations.loading import load_model
 from kvsight.text import windows
 
@@ -52,42 +52,14 @@ def main() -> None:
     write(result, options.json)
 
 
-def _arm(options) -> dict[str, int]:
+def _arm(options) -> dict[str, int | None]:
     model, tokenizer = load_model(options.model)
     ids = windows(tokenizer, assets.text("calibration"), 1024, 4)
     plan = kvsight.fit(model, ids.split(1), bits=options.bits, method=options.method)
-    packed = options.arm == "packed"
-    _fill(_cache(plan, model.config, packed), plan, 1, 64)
-    cache = _cache(plan, model.config, packed)
-    before = _resident()
-    _fill(cache, plan, options.sequences, options.tokens)
-    grown = _resident() - before
-    held = (
-        cache.nbytes
-        if packed
-        else sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    )
-    return {"resident_bytes": grown, "cache_bytes": held}
-
-
-def _cache(plan, config, packed: bool):
-    return kvsight.PackedCache(plan, config) if packed else DynamicCache(config=config)
-
-
-def _fill(cache, plan, sequences: int, tokens: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for layer in plan.layers:
-        dims = [side[0].codec.format.dim for side in (layer.key, layer.value)]
-        shape = (sequences, layer.heads, tokens)
-        k, v = (torch.randn(*shape, d, generator=generator).bfloat16() for d in dims)
-        cache.update(k, v, layer.index)
-
-
-def _resident() -> int:
-    """Bytes of this process in memory (Linux), once the heap's free pages went back to the system."""
-    ctypes.CDLL(None).malloc_trim(0)
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * 4096
+    place = Place(model.config, layer_shapes(plan), model.device)
+    arm = arm_of(plan) if options.arm == "packed" else Arm(UNCOMPRESSED)
+    took = footprint(arm, place, options.tokens, options.sequences)
+    return {"resident_bytes": took.resident_bytes, "cache_bytes": took.cache_bytes}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import typer
 
+from kvsight.cli.bench import bench_command
 from kvsight.cli.compare import compare_command
 from kvsight.cli.doctor import doctor_command
 from kvsight.cli.evaluate import eval_command
 from kvsight.cli.fit import fit_command
 from kvsight.cli.methods import methods_command
+from kvsight.cli.report import report_command
 from kvsight.cli.run import run_command
 from kvsight.cli.show import show_command
 from kvsight.cli.tasks import tasks_command
@@ -25,6 +27,8 @@ app.command("tasks")(tasks_command)
 app.command("run")(run_command)
 app.command("show")(show_command)
 app.command("doctor")(doctor_command)
+app.command("bench")(bench_command)
+app.command("report")(report_command)
 app.command("methods")(methods_command)
 
 
