@@ -22,7 +22,7 @@ _BYTES = 0x0101010101010101
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """``size`` bits: stored from bit ``at`` of the row, they are bits ``low`` and up of code ``owner``."""
 
     size: int
@@ -47,7 +47,7 @@ def packed_width(widths: Sequence[int]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _pieces(widths: tuple[int, ...]) -> tuple[_Piece, ...]:
+def pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:
     """All pieces of a row in storage order."""
     stored = [w for w in widths if w > 0]
     cuts = [
@@ -56,10 +56,10 @@ def _pieces(widths: tuple[int, ...]) -> tuple[_Piece, ...]:
         *((2, i, w & 1) for i, w in enumerate(stored) if w & 2 and w < 8),
         *((1, i, 0) for i, w in enumerate(stored) if w & 1),
     ]
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     at = 0
     for size, owner, low in cuts:
-        pieces.append(_Piece(size, at, owner, low))
+        pieces.append(Piece(size, at, owner, low))
         at += size
     return tuple(pieces)
 
@@ -68,13 +68,13 @@ def _pieces(widths: tuple[int, ...]) -> tuple[_Piece, ...]:
 def _slots(widths: tuple[int, ...], device: torch.device) -> tuple[_Slot, ...]:
     """Every code's pieces side by side, in as many slots as the longest code has pieces."""
     stored = len(widths) - widths.count(0)
-    of_code: list[list[_Piece]] = [[] for _ in range(stored)]
-    for piece in _pieces(widths):
+    of_code: list[list[Piece]] = [[] for _ in range(stored)]
+    for piece in pieces(widths):
         of_code[piece.owner].append(piece)
     slots: list[_Slot] = []
     for turn in range(max(map(len, of_code), default=0)):
         # a code without a piece in this slot masks everything away
-        row = [own[turn] if turn < len(own) else _Piece(0, 0, 0, 0) for own in of_code]
+        row = [own[turn] if turn < len(own) else Piece(0, 0, 0, 0) for own in of_code]
         up = [piece.low for piece in row]
         slots.append(
             _Slot(
@@ -102,7 +102,7 @@ def _bit_table(device: torch.device) -> Tensor:
 @lru_cache(maxsize=4096)
 def _bit_order(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """For each stored bit of a row, where it lies among the eight bits of every code."""
-    order = [8 * piece.owner + piece.low + bit for piece in _pieces(widths) for bit in range(piece.size)]
+    order = [8 * piece.owner + piece.low + bit for piece in pieces(widths) for bit in range(piece.size)]
     return torch.tensor(order, dtype=torch.int64, device=device)
 
 

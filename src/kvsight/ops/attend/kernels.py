@@ -1,0 +1,541 @@
+"""Triton kernels of attention over packed segments; README.md has the mathematics and the byte picture.
+
+How a token is read is its *kind*: 0 dense, 1 planes (bytes masked in place, affine rows), 2 levels
+(codes looked up), 3 grouped (code · scale + zero), 4 levels times a norm. Each work item reads keys of one
+kind and values of one kind, so a layer whose heads and segments differ still is a single launch.
+
+A source is 18 int64 numbers, one row for each segment and KV head:
+ 0 kind, 1 query group, 2 first token, 3 data pointer, 4 batch stride, 5 row stride,
+ 6 norm or scale pointer, 7 batch stride, 8 row stride, 9 zero pointer, 10 batch stride, 11 row stride,
+ 12 tokens per parameter row, 13 nibble bytes (planes) or coordinates, 14 crumb bytes, 15 bit bytes,
+ 16 pointer to the piece table, 17 pointer to the levels.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _bytes(rows, live, start, count, BLOCK: tl.constexpr):
+    """Bytes start .. start + count of every row, [N, BLOCK]; zero elsewhere."""
+    columns = tl.arange(0, BLOCK)
+    inside = live[:, None] & (columns < count)[None, :]
+    return tl.load(rows[:, None] + start + columns[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _plane(octets, MASK: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes masked in place and centred, so that sums do not grow where numbers cancel."""
+    return (octets & MASK).to(DTYPE) - 0.5 * MASK
+
+
+@triton.jit
+def _score(s, q, octets, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """s + q · planeᵀ."""
+    return tl.dot(q, tl.trans(_plane(octets, MASK, q.dtype)), s, input_precision=PRECISION)
+
+
+@triton.jit
+def _mix(acc, p, octets, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + p · plane."""
+    return tl.dot(p, _plane(octets, MASK, p.dtype), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _query(q, lines, inside, column, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns column .. column + BLOCK of the folded query, [M, BLOCK]."""
+    at = q + lines[:, None] + column + tl.arange(0, BLOCK)[None, :]
+    return tl.load(at, mask=inside[:, None], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _put(acc, lines, inside, column, x, BLOCK: tl.constexpr):
+    at = acc + lines[:, None] + column + tl.arange(0, BLOCK)[None, :]
+    tl.store(at, x, mask=inside[:, None])
+
+
+@triton.jit
+def _address(source, field, batch, ALIGN: tl.constexpr):
+    """Where the rows of this batch begin: bytes from a pointer and a stride in bytes."""
+    start = tl.load(source + field) + batch * tl.load(source + field + 1)
+    return tl.multiple_of(start, ALIGN)
+
+
+@triton.jit
+def _dense(source, batch, tokens, live, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """[N, BLOCK] in the stored dtype."""
+    start = _address(source, 3, batch, 1).to(tl.pointer_type(DTYPE))
+    rows = (tokens - tl.load(source + 2)) * tl.load(source + 5)
+    columns = tl.arange(0, BLOCK)
+    inside = live[:, None] & (columns < tl.load(source + 13))[None, :]
+    return tl.load(start + rows[:, None] + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _coordinates(
+    source, batch, tokens, live, KIND: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr
+):
+    """What the codes of N tokens mean, [N, BLOCK] in fp32; columns past the stored ones are zero."""
+    row = tokens - tl.load(source + 2)
+    columns = tl.arange(0, BLOCK)
+    inside = live[:, None] & (columns < tl.load(source + 13))[None, :]
+    data = _address(source, 3, batch, 1).to(tl.pointer_type(tl.uint8))
+    rows = data + row * tl.load(source + 5)
+    table = tl.load(source + 16).to(tl.pointer_type(tl.int32)) + columns
+    code = tl.zeros([tokens.shape[0], BLOCK], dtype=tl.int32)
+    for i in tl.static_range(PIECES):
+        piece = table + 4 * i * BLOCK
+        octet, down = tl.load(piece), tl.load(piece + BLOCK)
+        mask, up = tl.load(piece + 2 * BLOCK), tl.load(piece + 3 * BLOCK)
+        found = tl.load(rows[:, None] + octet[None, :], mask=inside, other=0).to(tl.int32)
+        code = code | (((found >> down[None, :]) & mask[None, :]) << up[None, :])
+    column = tl.load(table + 12 * BLOCK)
+    half = tl.pointer_type(tl.float16)
+    line = row // tl.load(source + 12)
+    first = _address(source, 6, batch, 1).to(half) + line * tl.load(source + 8)
+    if KIND == 3:
+        second = _address(source, 9, batch, 1).to(half) + line * tl.load(source + 11)
+        scale = tl.load(first[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        zero = tl.load(second[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = code.to(tl.float32) * scale + zero
+    else:
+        levels = tl.load(source + 17).to(tl.pointer_type(tl.float32))
+        x = tl.load(levels + column[None, :] + code, mask=inside, other=0.0)
+        if KIND == 4:
+            x = x * tl.load(first, mask=live, other=0.0).to(tl.float32)[:, None]
+    return x
+
+
+@triton.jit
+def _tanh(x):
+    # near zero 1 - exp(-2x) cancels; there the series is exact to fp32
+    y = tl.exp2(-2.8853900817779268 * tl.abs(x))
+    far = (1 - y) / (1 + y)
+    z = x * x
+    near = 21844 / 6081075
+    near = near * z - 1382 / 155925
+    near = near * z + 62 / 2835
+    near = near * z - 17 / 315
+    near = near * z + 2 / 15
+    near = near * z - 1 / 3
+    near = tl.abs(x) * (near * z + 1)
+    size = tl.where(tl.abs(x) < 0.4, near, far)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _work(
+    source_k,
+    source_v,
+    lo,
+    hi,
+    part,
+    q,
+    scales,
+    offsets,
+    tops,
+    sums,
+    acc,
+    mask,
+    mask_batch,
+    mask_head,
+    mask_query,
+    mask_key,
+    softcap,
+    queries,
+    tokens,
+    rows,
+    KV_HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    Q_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    NIBBLES_K: tl.constexpr,
+    CRUMBS_K: tl.constexpr,
+    BITS_K: tl.constexpr,
+    NIBBLES_V: tl.constexpr,
+    CRUMBS_V: tl.constexpr,
+    BITS_V: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PIECES_K: tl.constexpr,
+    PIECES_V: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    STORED_K: tl.constexpr,
+    STORED_V: tl.constexpr,
+    DENSE_K: tl.constexpr,
+    DENSE_V: tl.constexpr,
+    CODES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADROOM: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Queries of one block against tokens lo .. hi of one KV head: maxima, masses and weighted sums."""
+    head = tl.program_id(0) % KV_HEADS
+    batch = tl.program_id(2)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    line = ((tl.load(source_k + 1) * tl.num_programs(2) + batch) * KV_HEADS + head) * rows + row
+    line = line.to(tl.int64)
+    scale = tl.load(scales + line, mask=inside, other=0.0)
+    offset = tl.load(offsets + line, mask=inside, other=0.0)
+    lines = line * Q_WIDTH
+    if KEYS == 1:
+        count_n, count_c, count_b = tl.load(source_k + 13), tl.load(source_k + 14), tl.load(source_k + 15)
+        start_k = _address(source_k, 3, batch, ALIGN_K).to(tl.pointer_type(tl.uint8))
+        stride_k = tl.multiple_of(tl.load(source_k + 5), ALIGN_K)
+        count_n = tl.multiple_of(count_n, ALIGN_K)
+        count_c = tl.multiple_of(count_c, ALIGN_K)
+        if NIBBLES_K:
+            qn0 = _query(q, lines, inside, 0, NIBBLES_K, CODES)
+            qn1 = _query(q, lines, inside, NIBBLES_K, NIBBLES_K, CODES)
+        if CRUMBS_K:
+            at_c: tl.constexpr = 2 * NIBBLES_K
+            qc0 = _query(q, lines, inside, at_c, CRUMBS_K, CODES)
+            qc1 = _query(q, lines, inside, at_c + CRUMBS_K, CRUMBS_K, CODES)
+            qc2 = _query(q, lines, inside, at_c + 2 * CRUMBS_K, CRUMBS_K, CODES)
+            qc3 = _query(q, lines, inside, at_c + 3 * CRUMBS_K, CRUMBS_K, CODES)
+        if BITS_K:
+            at_b: tl.constexpr = 2 * NIBBLES_K + 4 * CRUMBS_K
+            qb0 = _query(q, lines, inside, at_b, BITS_K, CODES)
+            qb1 = _query(q, lines, inside, at_b + BITS_K, BITS_K, CODES)
+            qb2 = _query(q, lines, inside, at_b + 2 * BITS_K, BITS_K, CODES)
+            qb3 = _query(q, lines, inside, at_b + 3 * BITS_K, BITS_K, CODES)
+            qb4 = _query(q, lines, inside, at_b + 4 * BITS_K, BITS_K, CODES)
+            qb5 = _query(q, lines, inside, at_b + 5 * BITS_K, BITS_K, CODES)
+            qb6 = _query(q, lines, inside, at_b + 6 * BITS_K, BITS_K, CODES)
+            qb7 = _query(q, lines, inside, at_b + 7 * BITS_K, BITS_K, CODES)
+    elif KEYS == 0:
+        qd = _query(q, lines, inside, 0, DIM_K, DENSE_K)
+    else:
+        qd = _query(q, lines, inside, 0, DIM_K, tl.float32)
+
+    if VALUES == 1:
+        mass_n, mass_c, mass_b = tl.load(source_v + 13), tl.load(source_v + 14), tl.load(source_v + 15)
+        start_v = _address(source_v, 3, batch, ALIGN_V).to(tl.pointer_type(tl.uint8))
+        stride_v = tl.multiple_of(tl.load(source_v + 5), ALIGN_V)
+        mass_n = tl.multiple_of(mass_n, ALIGN_V)
+        mass_c = tl.multiple_of(mass_c, ALIGN_V)
+        if NIBBLES_V:
+            an0 = tl.zeros([BLOCK_M, NIBBLES_V], dtype=tl.float32)
+            an1 = tl.zeros([BLOCK_M, NIBBLES_V], dtype=tl.float32)
+        if CRUMBS_V:
+            ac0 = tl.zeros([BLOCK_M, CRUMBS_V], dtype=tl.float32)
+            ac1 = tl.zeros([BLOCK_M, CRUMBS_V], dtype=tl.float32)
+            ac2 = tl.zeros([BLOCK_M, CRUMBS_V], dtype=tl.float32)
+            ac3 = tl.zeros([BLOCK_M, CRUMBS_V], dtype=tl.float32)
+        if BITS_V:
+            ab0 = tl.zeros([BLOCK_M, BITS_V], dtype=tl.float32)
+            ab1 = tl.zeros([BLOCK_M, BITS_V], dtype=tl.float32)
+            ab2 = tl.zeros([BLOCK_M, BITS_V], dtype=tl.float32)
+            ab3 = tl.zeros([BLOCK_M, BITS_V], dtype=tl.float32)
+            ab4 = tl.zeros([BLOCK_M, BITS_V], dtype=tl.float32)
+            ab5 = tl.zeros([BLOCK_M, BITS_V], dtype=tl.float32)
+            ab6 = tl.zeros([BLOCK_M, BITS_V], dtype=tl.float32)
+            ab7 = tl.zeros([BLOCK_M, BITS_V], dtype=tl.float32)
+    else:
+        ad = tl.zeros([BLOCK_M, DIM_V], dtype=tl.float32)
+
+    query = row % queries
+    limit = query + (tokens - queries)
+    stop = hi
+    if CAUSAL:
+        stop = tl.minimum(hi, tl.max(tl.where(inside, limit, 0), axis=0) + 1)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for start in range(lo, stop, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        live = token < hi
+        if KEYS == 1:
+            keys = start_k + (token - tl.load(source_k + 2)) * stride_k
+            s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            if NIBBLES_K:
+                octets = _bytes(keys, live, 0, count_n, NIBBLES_K)
+                s = _score(s, qn0, octets, 15, PRECISION)
+                s = _score(s, qn1, octets, 240, PRECISION)
+            if CRUMBS_K:
+                octets = _bytes(keys, live, count_n, count_c, CRUMBS_K)
+                s = _score(s, qc0, octets, 3, PRECISION)
+                s = _score(s, qc1, octets, 12, PRECISION)
+                s = _score(s, qc2, octets, 48, PRECISION)
+                s = _score(s, qc3, octets, 192, PRECISION)
+            if BITS_K:
+                octets = _bytes(keys, live, count_n + count_c, count_b, BITS_K)
+                s = _score(s, qb0, octets, 1, PRECISION)
+                s = _score(s, qb1, octets, 2, PRECISION)
+                s = _score(s, qb2, octets, 4, PRECISION)
+                s = _score(s, qb3, octets, 8, PRECISION)
+                s = _score(s, qb4, octets, 16, PRECISION)
+                s = _score(s, qb5, octets, 32, PRECISION)
+                s = _score(s, qb6, octets, 64, PRECISION)
+                s = _score(s, qb7, octets, 128, PRECISION)
+        elif KEYS == 0:
+            x = _dense(source_k, batch, token, live, STORED_K, DIM_K)
+            s = tl.dot(qd, tl.trans(x.to(DENSE_K)), input_precision="ieee")
+        else:
+            x = _coordinates(source_k, batch, token, live, KEYS, DIM_K, PIECES_K)
+            s = tl.dot(qd, tl.trans(x), input_precision=PRECISION)
+        s = s * scale[:, None] + offset[:, None]
+        if SOFTCAP:
+            s = _tanh(s / softcap) * (softcap * 1.4426950408889634)
+        seen = live[None, :]
+        if MASK:
+            at = (head * (rows // queries) + row // queries).to(tl.int64) * mask_head
+            at = at + query * mask_query + batch.to(tl.int64) * mask_batch
+            at = mask + at[:, None] + token[None, :] * mask_key
+            given = tl.load(at, mask=inside[:, None] & seen, other=0)
+            if MASK == 1:
+                s = tl.where(given != 0, s, -3.4028234663852886e38)
+            else:
+                # half the lowest number survives the change of base
+                added = tl.maximum(given.to(tl.float32), -1.7014117331926443e38)
+                s = tl.maximum(s + added * 1.4426950408889634, -3.4028234663852886e38)
+        if CAUSAL:
+            s = tl.where(token[None, :] <= limit[:, None], s, -3.4028234663852886e38)
+        s = tl.where(seen, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        decay = tl.exp2(top - higher)
+        p = tl.exp2(s - higher[:, None] + HEADROOM)
+        total = total * decay + tl.sum(p, axis=1)
+        top = higher
+        if VALUES == 1:
+            values = start_v + (token - tl.load(source_v + 2)) * stride_v
+            w = p.to(CODES)
+            if NIBBLES_V:
+                octets = _bytes(values, live, 0, mass_n, NIBBLES_V)
+                an0 = _mix(an0 * decay[:, None], w, octets, 15, PRECISION)
+                an1 = _mix(an1 * decay[:, None], w, octets, 240, PRECISION)
+            if CRUMBS_V:
+                octets = _bytes(values, live, mass_n, mass_c, CRUMBS_V)
+                ac0 = _mix(ac0 * decay[:, None], w, octets, 3, PRECISION)
+                ac1 = _mix(ac1 * decay[:, None], w, octets, 12, PRECISION)
+                ac2 = _mix(ac2 * decay[:, None], w, octets, 48, PRECISION)
+                ac3 = _mix(ac3 * decay[:, None], w, octets, 192, PRECISION)
+            if BITS_V:
+                octets = _bytes(values, live, mass_n + mass_c, mass_b, BITS_V)
+                ab0 = _mix(ab0 * decay[:, None], w, octets, 1, PRECISION)
+                ab1 = _mix(ab1 * decay[:, None], w, octets, 2, PRECISION)
+                ab2 = _mix(ab2 * decay[:, None], w, octets, 4, PRECISION)
+                ab3 = _mix(ab3 * decay[:, None], w, octets, 8, PRECISION)
+                ab4 = _mix(ab4 * decay[:, None], w, octets, 16, PRECISION)
+                ab5 = _mix(ab5 * decay[:, None], w, octets, 32, PRECISION)
+                ab6 = _mix(ab6 * decay[:, None], w, octets, 64, PRECISION)
+                ab7 = _mix(ab7 * decay[:, None], w, octets, 128, PRECISION)
+        elif VALUES == 0:
+            x = _dense(source_v, batch, token, live, STORED_V, DIM_V)
+            ad = tl.dot(p.to(DENSE_V), x.to(DENSE_V), ad * decay[:, None], input_precision="ieee")
+        else:
+            x = _coordinates(source_v, batch, token, live, VALUES, DIM_V, PIECES_V)
+            ad = tl.dot(p, x, ad * decay[:, None], input_precision=PRECISION)
+
+    out = part * rows + row
+    tl.store(tops + out, top - HEADROOM, mask=inside)
+    tl.store(sums + out, total, mask=inside)
+    lines = out * V_WIDTH
+    if VALUES == 1:
+        if NIBBLES_V:
+            _put(acc, lines, inside, 0, an0, NIBBLES_V)
+            _put(acc, lines, inside, NIBBLES_V, an1, NIBBLES_V)
+        if CRUMBS_V:
+            to_c: tl.constexpr = 2 * NIBBLES_V
+            _put(acc, lines, inside, to_c, ac0, CRUMBS_V)
+            _put(acc, lines, inside, to_c + CRUMBS_V, ac1, CRUMBS_V)
+            _put(acc, lines, inside, to_c + 2 * CRUMBS_V, ac2, CRUMBS_V)
+            _put(acc, lines, inside, to_c + 3 * CRUMBS_V, ac3, CRUMBS_V)
+        if BITS_V:
+            to_b: tl.constexpr = 2 * NIBBLES_V + 4 * CRUMBS_V
+            _put(acc, lines, inside, to_b, ab0, BITS_V)
+            _put(acc, lines, inside, to_b + BITS_V, ab1, BITS_V)
+            _put(acc, lines, inside, to_b + 2 * BITS_V, ab2, BITS_V)
+            _put(acc, lines, inside, to_b + 3 * BITS_V, ab3, BITS_V)
+            _put(acc, lines, inside, to_b + 4 * BITS_V, ab4, BITS_V)
+            _put(acc, lines, inside, to_b + 5 * BITS_V, ab5, BITS_V)
+            _put(acc, lines, inside, to_b + 6 * BITS_V, ab6, BITS_V)
+            _put(acc, lines, inside, to_b + 7 * BITS_V, ab7, BITS_V)
+    else:
+        _put(acc, lines, inside, 0, ad, DIM_V)
+
+
+@triton.jit
+def attend_splits(
+    table,
+    q,
+    scales,
+    offsets,
+    tops,
+    sums,
+    acc,
+    mask,
+    mask_batch,
+    mask_head,
+    mask_query,
+    mask_key,
+    softcap,
+    queries,
+    tokens,
+    rows,
+    key_sources,
+    value_sources,
+    KV_HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIR_COUNT: tl.constexpr,
+    Q_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    NIBBLES_K: tl.constexpr,
+    CRUMBS_K: tl.constexpr,
+    BITS_K: tl.constexpr,
+    NIBBLES_V: tl.constexpr,
+    CRUMBS_V: tl.constexpr,
+    BITS_V: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    PIECES_K: tl.constexpr,
+    PIECES_V: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    STORED_K: tl.constexpr,
+    STORED_V: tl.constexpr,
+    DENSE_K: tl.constexpr,
+    DENSE_V: tl.constexpr,
+    CODES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADROOM: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: a split of the context, a KV head, a block of queries, a sequence.
+
+    A split is four numbers in ``table``: first and last token, key segment, value segment. ``PAIRS``
+    lists the pairs of kinds that occur, six bits each: key kind · 8 + value kind.
+    """
+    split = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0) % KV_HEADS
+    lo = tl.load(table + 4 * split).to(tl.int32)
+    hi = tl.load(table + 4 * split + 1).to(tl.int32)
+    source_k = table + key_sources + 18 * (tl.load(table + 4 * split + 2) * KV_HEADS + head)
+    source_v = table + value_sources + 18 * (tl.load(table + 4 * split + 3) * KV_HEADS + head)
+    pair = tl.load(source_k) * 8 + tl.load(source_v)
+    part = (tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)).to(tl.int64)
+    for i in tl.static_range(PAIR_COUNT):
+        if pair == (PAIRS >> (6 * i)) & 63:
+            _work(
+                source_k,
+                source_v,
+                lo,
+                hi,
+                part,
+                q,
+                scales,
+                offsets,
+                tops,
+                sums,
+                acc,
+                mask,
+                mask_batch,
+                mask_head,
+                mask_query,
+                mask_key,
+                softcap,
+                queries,
+                tokens,
+                rows,
+                KV_HEADS,
+                (PAIRS >> (6 * i + 3)) & 7,
+                (PAIRS >> (6 * i)) & 7,
+                Q_WIDTH,
+                V_WIDTH,
+                NIBBLES_K,
+                CRUMBS_K,
+                BITS_K,
+                NIBBLES_V,
+                CRUMBS_V,
+                BITS_V,
+                DIM_K,
+                DIM_V,
+                PIECES_K,
+                PIECES_V,
+                ALIGN_K,
+                ALIGN_V,
+                STORED_K,
+                STORED_V,
+                DENSE_K,
+                DENSE_V,
+                CODES,
+                PRECISION,
+                HEADROOM,
+                MASK,
+                CAUSAL,
+                SOFTCAP,
+                BLOCK_M,
+                BLOCK_N,
+            )
+
+
+@triton.jit
+def merge_splits(
+    bounds,
+    widths,
+    tops,
+    sums,
+    acc,
+    sinks,
+    mixed,
+    mass,
+    splits,
+    queries,
+    rows,
+    KV_HEADS: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Splits of one value segment joined under the whole context's maximum and mass.
+
+    ``bounds`` [segments, 2] are the splits of each segment, ``widths`` [segments, heads] the columns
+    that its splits have written. The mass of a sink logit counts below and adds nothing above.
+    """
+    place = tl.program_id(0)
+    head = place // (tl.num_programs(0) // KV_HEADS)
+    segment = tl.program_id(2)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    step = tl.num_programs(0) * rows
+    line = (place * rows + row).to(tl.int64)
+    for i in range(splits):
+        top = tl.maximum(top, tl.load(tops + i * step + line, mask=inside, other=0.0))
+    if SINKS:
+        group = rows // queries
+        sink = tl.load(sinks + head * group + row // queries, mask=inside, other=0.0)
+        sink = sink.to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for i in range(splits):
+        weight = tl.exp2(tl.load(tops + i * step + line, mask=inside, other=0.0) - top)
+        total += weight * tl.load(sums + i * step + line, mask=inside, other=1.0)
+    if SINKS:
+        total += tl.exp2(sink - top)
+    columns = tl.arange(0, BLOCK_F)
+    written = columns < tl.load(widths + segment * KV_HEADS + head)
+    out = tl.zeros([BLOCK_M, BLOCK_F], dtype=tl.float32)
+    share = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for i in range(tl.load(bounds + 2 * segment), tl.load(bounds + 2 * segment + 1)):
+        at = i * step + line
+        weight = tl.exp2(tl.load(tops + at, mask=inside, other=0.0) - top)
+        share += weight * tl.load(sums + at, mask=inside, other=0.0)
+        part = acc + at[:, None] * V_WIDTH + columns[None, :]
+        part = tl.load(part, mask=inside[:, None] & written[None, :], other=0.0)
+        out += weight[:, None] * part
+    line += segment * step
+    tl.store(mass + line, share / total, mask=inside)
+    target = mixed + line[:, None] * V_WIDTH + columns[None, :]
+    tl.store(target, out / total[:, None], mask=inside[:, None] & (columns < V_WIDTH)[None, :])
