@@ -31,6 +31,9 @@ class Kind(IntEnum):
     NORMED = 4
 
 
+_JOINED = (Kind.LEVELS, Kind.GROUPED, Kind.NORMED)
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Padded bytes of each class (powers of two, or 0), and padded coordinates, of one side."""
@@ -71,7 +74,9 @@ def _planes(widths: tuple[int, ...], blocks: Blocks) -> tuple[Tensor, Tensor, Te
     counts = byte_classes(widths)
     of_bit = {piece.at + i: piece for piece in pieces(widths) for i in range(piece.size)}
     octet = start = 0
-    for size, count, block in zip(_SLOTS, counts, (blocks.nibbles, blocks.crumbs, blocks.bits), strict=True):
+    for size, count, block in zip(
+        _SLOTS, counts, (blocks.nibbles, blocks.crumbs, blocks.bits), strict=True
+    ):
         for place in range(count):
             for slot in range(_SLOTS[size]):
                 piece = of_bit.get(8 * octet + slot * size)
@@ -99,13 +104,6 @@ def _piece_table(widths: tuple[int, ...], block: int) -> Tensor:
         entries = (piece.at // 8, piece.at % 8, (1 << piece.size) - 1, piece.low)
         table[row : row + 4, piece.owner] = torch.tensor(entries, dtype=torch.int32)
     return table
-
-
-@lru_cache(maxsize=4096)
-def most_pieces(form: Format) -> int:
-    """Pieces of the code that has most."""
-    owners = [piece.owner for piece in pieces(_widths(form))]
-    return max((owners.count(owner) for owner in set(owners)), default=0)
 
 
 def _widths(form: Format) -> tuple[int, ...]:
@@ -145,6 +143,14 @@ class Coding:
 def kinds(coding: Coding) -> tuple[Kind, ...]:
     """The kind of each group of heads."""
     return tuple(_kind(form, tables) for _, form, tables, _ in coding.coded)
+
+
+@lru_cache(maxsize=1024)
+def most_pieces(coding: Coding) -> int:
+    """Pieces of the longest code that kernels put together; 0 where planes or plain numbers are read."""
+    joined = [entry[1] for kind, entry in zip(kinds(coding), coding.coded, strict=True) if kind in _JOINED]
+    owners = [[piece.owner for piece in pieces(_widths(form))] for form in joined]
+    return max((own.count(owner) for own in owners for owner in set(own)), default=0)
 
 
 def _kind(form: Format, tables: tuple[Tensor, ...]) -> Kind:
@@ -225,10 +231,7 @@ def reading(coding: Coding, padded: Blocks, dim: int, device: torch.device) -> R
     of_head: dict[int, tuple[Kind, tuple[int, int, int], Tensor, Tensor, Tensor]] = {}
     for kind, entry in zip(kinds(coding), coding.coded, strict=True):
         heads, form, tables, _ = entry
-        if kind == Kind.PLANES:
-            sizes = byte_classes(_widths(form))
-        else:
-            sizes = form.stored, 0, 0
+        sizes = byte_classes(_widths(form)) if kind == Kind.PLANES else (form.stored, 0, 0)
         matrix, constant = _linear(kind, entry, padded, dim)
         table = _head_tables(kind, form, tables, padded.dim)
         own = (t.expand(len(heads), *t.shape[1:]) for t in (matrix, constant, table))
@@ -244,9 +247,7 @@ def _is_plain(kind: Kind, entry: _Entry) -> bool:
     return kind != Kind.PLANES and entry[3].inverse is None and entry[3].shift is None
 
 
-def _linear(
-    kind: Kind, entry: _Entry, padded: Blocks, dim: int
-) -> tuple[Tensor, Tensor]:
+def _linear(kind: Kind, entry: _Entry, padded: Blocks, dim: int) -> tuple[Tensor, Tensor]:
     """Matrix [H or 1, width, dim] and constant [H or 1, dim] from features to numbers, fp64."""
     _, form, tables, folded = entry
     inverse = torch.eye(dim).unsqueeze(0) if folded.inverse is None else folded.inverse

@@ -55,19 +55,20 @@ def _put(acc, lines, inside, column, x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _address(source, field, batch, ALIGN: tl.constexpr):
-    """Where the rows of this batch begin: bytes from a pointer and a stride in bytes."""
+def _address(source, field, batch, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where the rows of this batch begin; the stride between batches is in bytes."""
     start = tl.load(source + field) + batch * tl.load(source + field + 1)
-    return tl.multiple_of(start, ALIGN)
+    return tl.multiple_of(start.to(tl.pointer_type(DTYPE)), ALIGN)
 
 
 @triton.jit
-def _dense(source, batch, tokens, live, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _dense(source, batch, tokens, live, DTYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
     """[N, BLOCK] in the stored dtype."""
-    start = _address(source, 3, batch, 1).to(tl.pointer_type(DTYPE))
-    rows = (tokens - tl.load(source + 2)) * tl.load(source + 5)
+    start = _address(source, 3, batch, DTYPE, ALIGN)
+    items: tl.constexpr = (ALIGN * 8 + DTYPE.primitive_bitwidth - 1) // DTYPE.primitive_bitwidth
+    rows = (tokens - tl.load(source + 2)) * tl.multiple_of(tl.load(source + 5), items)
     columns = tl.arange(0, BLOCK)
-    inside = live[:, None] & (columns < tl.load(source + 13))[None, :]
+    inside = live[:, None] & (columns < tl.multiple_of(tl.load(source + 13), items))[None, :]
     return tl.load(start + rows[:, None] + columns[None, :], mask=inside, other=0.0)
 
 
@@ -79,7 +80,7 @@ def _coordinates(
     row = tokens - tl.load(source + 2)
     columns = tl.arange(0, BLOCK)
     inside = live[:, None] & (columns < tl.load(source + 13))[None, :]
-    data = _address(source, 3, batch, 1).to(tl.pointer_type(tl.uint8))
+    data = _address(source, 3, batch, tl.uint8, 1)
     rows = data + row * tl.load(source + 5)
     table = tl.load(source + 16).to(tl.pointer_type(tl.int32)) + columns
     code = tl.zeros([tokens.shape[0], BLOCK], dtype=tl.int32)
@@ -90,11 +91,10 @@ def _coordinates(
         found = tl.load(rows[:, None] + octet[None, :], mask=inside, other=0).to(tl.int32)
         code = code | (((found >> down[None, :]) & mask[None, :]) << up[None, :])
     column = tl.load(table + 12 * BLOCK)
-    half = tl.pointer_type(tl.float16)
     line = row // tl.load(source + 12)
-    first = _address(source, 6, batch, 1).to(half) + line * tl.load(source + 8)
+    first = _address(source, 6, batch, tl.float16, 1) + line * tl.load(source + 8)
     if KIND == 3:
-        second = _address(source, 9, batch, 1).to(half) + line * tl.load(source + 11)
+        second = _address(source, 9, batch, tl.float16, 1) + line * tl.load(source + 11)
         scale = tl.load(first[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
         zero = tl.load(second[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
         x = code.to(tl.float32) * scale + zero
@@ -162,6 +162,8 @@ def _work(
     PIECES_V: tl.constexpr,
     ALIGN_K: tl.constexpr,
     ALIGN_V: tl.constexpr,
+    DENSE_ALIGN_K: tl.constexpr,
+    DENSE_ALIGN_V: tl.constexpr,
     STORED_K: tl.constexpr,
     STORED_V: tl.constexpr,
     DENSE_K: tl.constexpr,
@@ -187,7 +189,7 @@ def _work(
     lines = line * Q_WIDTH
     if KEYS == 1:
         count_n, count_c, count_b = tl.load(source_k + 13), tl.load(source_k + 14), tl.load(source_k + 15)
-        start_k = _address(source_k, 3, batch, ALIGN_K).to(tl.pointer_type(tl.uint8))
+        start_k = _address(source_k, 3, batch, tl.uint8, ALIGN_K)
         stride_k = tl.multiple_of(tl.load(source_k + 5), ALIGN_K)
         count_n = tl.multiple_of(count_n, ALIGN_K)
         count_c = tl.multiple_of(count_c, ALIGN_K)
@@ -217,7 +219,7 @@ def _work(
 
     if VALUES == 1:
         mass_n, mass_c, mass_b = tl.load(source_v + 13), tl.load(source_v + 14), tl.load(source_v + 15)
-        start_v = _address(source_v, 3, batch, ALIGN_V).to(tl.pointer_type(tl.uint8))
+        start_v = _address(source_v, 3, batch, tl.uint8, ALIGN_V)
         stride_v = tl.multiple_of(tl.load(source_v + 5), ALIGN_V)
         mass_n = tl.multiple_of(mass_n, ALIGN_V)
         mass_c = tl.multiple_of(mass_c, ALIGN_V)
@@ -275,7 +277,7 @@ def _work(
                 s = _score(s, qb6, octets, 64, PRECISION)
                 s = _score(s, qb7, octets, 128, PRECISION)
         elif KEYS == 0:
-            x = _dense(source_k, batch, token, live, STORED_K, DIM_K)
+            x = _dense(source_k, batch, token, live, STORED_K, DIM_K, DENSE_ALIGN_K)
             s = tl.dot(qd, tl.trans(x.to(DENSE_K)), input_precision="ieee")
         else:
             x = _coordinates(source_k, batch, token, live, KEYS, DIM_K, PIECES_K)
@@ -327,7 +329,7 @@ def _work(
                 ab6 = _mix(ab6 * decay[:, None], w, octets, 64, PRECISION)
                 ab7 = _mix(ab7 * decay[:, None], w, octets, 128, PRECISION)
         elif VALUES == 0:
-            x = _dense(source_v, batch, token, live, STORED_V, DIM_V)
+            x = _dense(source_v, batch, token, live, STORED_V, DIM_V, DENSE_ALIGN_V)
             ad = tl.dot(p.to(DENSE_V), x.to(DENSE_V), ad * decay[:, None], input_precision="ieee")
         else:
             x = _coordinates(source_v, batch, token, live, VALUES, DIM_V, PIECES_V)
@@ -398,6 +400,8 @@ def attend_splits(
     PIECES_V: tl.constexpr,
     ALIGN_K: tl.constexpr,
     ALIGN_V: tl.constexpr,
+    DENSE_ALIGN_K: tl.constexpr,
+    DENSE_ALIGN_V: tl.constexpr,
     STORED_K: tl.constexpr,
     STORED_V: tl.constexpr,
     DENSE_K: tl.constexpr,
@@ -464,6 +468,8 @@ def attend_splits(
                 PIECES_V,
                 ALIGN_K,
                 ALIGN_V,
+                DENSE_ALIGN_K,
+                DENSE_ALIGN_V,
                 STORED_K,
                 STORED_V,
                 DENSE_K,

@@ -73,6 +73,18 @@ class Segment:
         return merge_heads(parts, [c.heads for c in self.coded]).to(dtype)
 
 
+def kv_heads(segment: Segment) -> int:
+    if segment.dense is not None:
+        return segment.dense.shape[1]
+    return sum(len(coded.heads) for coded in segment.coded)
+
+
+def head_dim(segment: Segment) -> int:
+    if segment.dense is not None:
+        return segment.dense.shape[-1]
+    return segment.coded[0].packed.format.dim
+
+
 def merge_heads(parts: Sequence[Tensor], heads: Sequence[tuple[int, ...]]) -> Tensor:
     """[B, h_i, ...] parts to [B, H, ...] with heads in order."""
     order = [h for group in heads for h in group]
@@ -158,8 +170,7 @@ def _weights(
 
 def _scores(q: Tensor, keys: Sequence[Segment]) -> Tensor:
     """[B, Hq, Q, d] against all segments: [B, Hk, G·Q, S]."""
-    kv_heads = _kv_heads(keys)
-    grouped = q.reshape(q.shape[0], kv_heads, -1, q.shape[-1])
+    grouped = q.reshape(q.shape[0], kv_heads(keys[0]), -1, q.shape[-1])
     columns: list[Tensor] = []
     for segment in keys:
         if segment.dense is not None:
@@ -182,7 +193,7 @@ def _coded_scores(q: Tensor, coded: Coded, skip: int) -> Tensor:
 def _mix(weights: Tensor, values: Sequence[Segment]) -> Tensor:
     """Weights [B, Hq, Q, S] times values: [B, Hq, Q, d_v]."""
     batch, heads, count, _ = weights.shape
-    grouped = weights.reshape(batch, _kv_heads(values), -1, weights.shape[-1])
+    grouped = weights.reshape(batch, kv_heads(values[0]), -1, weights.shape[-1])
     total: Tensor | None = None
     start = 0
     for segment in values:
@@ -227,10 +238,3 @@ def _take_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     if len(heads) == 1:
         return x[:, heads[0] : heads[0] + 1]
     return x[:, list(heads)]
-
-
-def _kv_heads(side: Sequence[Segment]) -> int:
-    first = side[0]
-    if first.dense is not None:
-        return first.dense.shape[1]
-    return sum(len(coded.heads) for coded in first.coded)

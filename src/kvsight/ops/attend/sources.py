@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvsight.formats import Dense, Grouped
 from kvsight.ops.attend.features import Blocks, Coding, Kind, Reading, blocks, most_pieces, plain, reading
-from kvsight.ops.attend.ref import Segment
+from kvsight.ops.attend.ref import Segment, head_dim, kv_heads
 
 # no load is wider than this many bytes
 _WIDEST = 16
@@ -23,7 +23,8 @@ class Side:
 
     ``ends``: tokens up to the end of each segment. ``readings``: one for each segment; ``groups``: the
     distinct ones. ``sources``: the rows that kernels.py describes, segments first; ``held`` keeps alive
-    what they point to. ``stored``: the type of dense numbers. ``align`` divides all addresses of planes.
+    what they point to. ``stored``: the type of dense numbers. ``plane_align`` and ``dense_align`` divide
+    the addresses of planes and of dense numbers, in bytes.
     """
 
     heads: int
@@ -33,15 +34,16 @@ class Side:
     padded: Blocks
     stored: torch.dtype
     pieces: int
-    align: int
+    plane_align: int
+    dense_align: int
     sources: list[list[int]]
     held: list[Tensor]
 
 
-def read_side(segments: Sequence[Segment], dim: int, device: torch.device) -> Side:
-    """Segments of one side, of head_dim ``dim``; empty ones are left out."""
+def read_side(segments: Sequence[Segment], device: torch.device) -> Side:
+    """Segments of one side; empty ones are left out."""
     segments = [segment for segment in segments if segment.tokens]
-    heads = kv_heads(segments[0])
+    heads, dim = kv_heads(segments[0]), head_dim(segments[0])
     codings = [None if segment.dense is not None else Coding(segment.coded) for segment in segments]
     padded = blocks(codings, dim)
     dense = plain(heads, dim)
@@ -58,7 +60,6 @@ def read_side(segments: Sequence[Segment], dim: int, device: torch.device) -> Si
             table = 0 if own.tables is None else own.tables[head].data_ptr()
             *place, levels = of_head[head]
             sources.append([int(kind), *start, *place, *sizes, table, levels])
-    forms = [c.packed.format for segment in segments for c in segment.coded]
     return Side(
         heads,
         ends,
@@ -66,17 +67,12 @@ def read_side(segments: Sequence[Segment], dim: int, device: torch.device) -> Si
         tuple(groups),
         padded,
         stored,
-        max(map(most_pieces, forms), default=0),
-        reduce(math.gcd, map(_common, sources), _WIDEST),
+        max((most_pieces(coding) for coding in codings if coding is not None), default=0),
+        reduce(math.gcd, (_plane_align(source) for source in sources), _WIDEST),
+        reduce(math.gcd, (_dense_align(source, stored.itemsize) for source in sources), _WIDEST),
         sources,
         held,
     )
-
-
-def kv_heads(segment: Segment) -> int:
-    if segment.dense is not None:
-        return segment.dense.shape[1]
-    return sum(len(coded.heads) for coded in segment.coded)
 
 
 def _places(segment: Segment, stored: torch.dtype, held: list[Tensor]) -> Iterator[tuple[int, list[int]]]:
@@ -117,9 +113,11 @@ def _dense_type(segments: Sequence[Segment]) -> torch.dtype:
     return reduce(torch.promote_types, types) if types else torch.float32
 
 
-def _common(source: list[int]) -> int:
-    """What divides the addresses that a source of planes is read from."""
-    if source[0] != Kind.PLANES:
-        return 0
-    nibbles, crumbs = source[13:15]
-    return math.gcd(*source[3:6], nibbles, crumbs)
+def _plane_align(source: list[int]) -> int:
+    start, batch, row, nibbles, crumbs = *source[3:6], *source[13:15]
+    return math.gcd(start, batch, row, nibbles, crumbs) if source[0] == Kind.PLANES else 0
+
+
+def _dense_align(source: list[int], size: int) -> int:
+    start, batch, row, count = *source[3:6], source[13]
+    return math.gcd(start, batch, row * size, count * size) if source[0] == Kind.DENSE else 0

@@ -93,9 +93,9 @@ def attend(  # noqa: PLR0913
     splits: int | None = None,
 ) -> Tensor:
     """As ``ref.attend``. The context is cut into about ``splits`` pieces, by default to fill the device."""
-    batch, heads, count, dim = q.shape
+    batch, heads, count, _ = q.shape
     scoring = _Scoring(scaling, softcap, sink_logits, causal and mask is None and count > 1)
-    left, right = read_side(keys, dim, q.device), read_side(values, _dim(values), q.device)
+    left, right = read_side(keys, q.device), read_side(values, q.device)
     tokens = left.ends[-1]
     cuts = _cuts(left.ends, right.ends, _filling(q, left, right) if splits is None else splits)
     step = max(1, _SCRATCH // (len(cuts) * batch * heads * right.padded.width))
@@ -108,20 +108,12 @@ def attend(  # noqa: PLR0913
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
-def _dim(side: Sequence[Segment]) -> int:
-    for segment in side:
-        if segment.dense is not None:
-            return segment.dense.shape[-1]
-        return segment.coded[0].packed.format.dim
-    raise AssertionError(side)
-
-
 def _filling(q: Tensor, left: Side, right: Side) -> int:
     """Splits that give every multiprocessor a few programs."""
     if q.device.type != "cuda":
         return 1
     rows = q.shape[1] // left.heads * q.shape[2]
-    programs = q.shape[0] * left.heads * triton.cdiv(rows, _block_m(rows, left, right))
+    programs = q.shape[0] * left.heads * -(-rows // _block_m(rows, left, right))
     wanted = 4 * torch.cuda.get_device_properties(q.device).multi_processor_count
     return max(1, min(wanted // programs, left.ends[-1] // _SPLIT))
 
@@ -145,7 +137,7 @@ def _block_m(rows: int, left: Side, right: Side) -> int:
     return block
 
 
-def _attend(  # noqa: PLR0913
+def _attend(
     q: Tensor,
     left: Side,
     right: Side,
@@ -167,6 +159,7 @@ def _attend(  # noqa: PLR0913
     at = list(accumulate((sum(map(len, rows)) for rows in parts), initial=0))
     visible = mask if mask is not None else table
     block = _block_m(rows, left, right)
+    light = q.dtype != torch.float32 and max(left.pieces, right.pieces) == 0
     grid = (len(cuts) * left.heads, triton.cdiv(rows, block), batch)
     with torch.cuda.device_of(q):
         kernels.attend_splits[grid](
@@ -191,8 +184,9 @@ def _attend(  # noqa: PLR0913
             CAUSAL=scoring.causal,
             SOFTCAP=scoring.softcap is not None,
             BLOCK_M=block,
-            BLOCK_N=_BLOCK_N,
-            num_warps=4 if block * right.padded.width <= _REGISTERS // 2 else 8,
+            BLOCK_N=_BLOCK_N if light else _BLOCK_N // 2,
+            num_warps=4 if light and block * right.padded.width <= _REGISTERS // 4 else 8,
+            num_stages=3 if light else 1,
         )
         mixed, mass = _merge(tops, sums, acc, table[at[3] :], count, right, scoring.sink_logits)
     out = _decode(mixed, mass, right)
@@ -201,9 +195,9 @@ def _attend(  # noqa: PLR0913
 
 
 def _fold(q: Tensor, side: Side, scoring: _Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Query features [groups, B, H, rows, width], and scale and offset of their scores [groups, B, H, rows].
+    """Query features [groups, B, H, rows, width], and scale and offset of scores [groups, B, H, rows].
 
-    Everything that does not depend on the token is in the offset: centring, and the codes' first levels.
+    Everything that does not depend on the token is in the offset: centring, and the middle of the levels.
     """
     factor = scoring.scaling * scoring.unit
     features: list[Tensor] = []
@@ -243,8 +237,10 @@ def _constants(dtype: torch.dtype, left: Side, right: Side) -> dict[str, object]
         "DIM_V": right.padded.dim,
         "PIECES_K": left.pieces,
         "PIECES_V": right.pieces,
-        "ALIGN_K": left.align,
-        "ALIGN_V": right.align,
+        "ALIGN_K": left.plane_align,
+        "ALIGN_V": right.plane_align,
+        "DENSE_ALIGN_K": left.dense_align,
+        "DENSE_ALIGN_V": right.dense_align,
         "STORED_K": _TYPES[left.stored],
         "STORED_V": _TYPES[right.stored],
         "DENSE_K": _operand(dtype, left.stored),
@@ -287,7 +283,7 @@ def _written(right: Side) -> list[list[int]]:
     ]
 
 
-def _merge(  # noqa: PLR0913
+def _merge(
     tops: Tensor,
     sums: Tensor,
     acc: Tensor,

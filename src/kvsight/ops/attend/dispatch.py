@@ -1,0 +1,93 @@
+"""Which attention runs: Triton where it reads these segments on a GPU, else plain torch."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+from kvsight.ops.attend import ref
+from kvsight.ops.attend.ref import Segment, head_dim
+
+BACKENDS = ("ref", "triton")
+
+
+def attend(  # noqa: PLR0913
+    q: Tensor,
+    keys: Sequence[Segment],
+    values: Sequence[Segment],
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scaling · q kᵀ) v over packed segments; arguments and result are those of ``ref.attend``.
+
+    ``backend``: "ref" is plain torch, "triton" raises for what its kernels do not cover. By default Triton
+    runs on CUDA where it can, plain torch elsewhere.
+    """
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and q.requires_grad):
+        from kvsight.ops.attend import op
+
+        tensors, layout = op.flatten((keys, values))
+        dim = head_dim(values[0])
+        out = op.attend_op(q, tensors, layout, dim, scaling, mask, causal, softcap, sink_logits, backend)
+        return cast(Tensor, out)
+    function = ref.attend
+    if choose(q, keys, values, causal and mask is None, backend) == "triton":
+        from kvsight.ops.attend import triton
+
+        function = triton.attend
+    return function(
+        q,
+        keys,
+        values,
+        scaling=scaling,
+        mask=mask,
+        causal=causal,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+
+
+def choose(
+    q: Tensor,
+    keys: Sequence[Segment],
+    values: Sequence[Segment],
+    causal: bool = True,
+    backend: str | None = None,
+) -> str:
+    """``backend`` if it can do this, or raise; by default Triton on CUDA for what it supports, else ref."""
+    if backend == "ref":
+        return backend
+    if backend is None:
+        able = q.device.type == "cuda" and has_triton() and _supports(q, keys, values, causal)
+        return "triton" if able else "ref"
+    if backend != "triton":
+        raise KVSightError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}.")
+    if not has_triton():
+        raise KVSightError("backend 'triton' needs the triton package; pip install 'kvsight[gpu]'.")
+    if not _supports(q, keys, values, causal):
+        raise KVSightError(
+            f"backend 'triton' does not read these segments for queries {tuple(q.shape)} in {q.dtype} on "
+            f"{q.device}; leave backend unset to fall back to plain torch."
+        )
+    return backend
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether triton is installed; it is not imported for the answer."""
+    return find_spec("triton") is not None
+
+
+def _supports(q: Tensor, keys: Sequence[Segment], values: Sequence[Segment], causal: bool) -> bool:
+    from kvsight.ops.attend import triton
+
+    return triton.supports(q, keys, values, causal)
