@@ -12,6 +12,7 @@ from kvsight.drift import Assumed
 from kvsight.errors import KVSightError
 from kvsight.formats import Format, Packed
 from kvsight.ops.attend.ref import Coded, Folded
+from kvsight.ops.encode import Rounding, encode
 from kvsight.transforms import Transform
 
 
@@ -32,6 +33,10 @@ class Quantizer(Protocol):
 
     @property
     def tables(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """Boundaries of a row, which is encoded in one pass; None where ``encode`` takes coordinates."""
 
     def encode(self, y: Tensor) -> Packed: ...
 
@@ -83,7 +88,10 @@ class Codec:
 
     def encode_checked(self, x: Tensor) -> Packed:
         """``encode`` for callers that have checked x themselves."""
-        return self.quantizer.encode(self.transform.forward(self._compute(x)))
+        rule = self.quantizer.rounding
+        if rule is None:
+            return self.quantizer.encode(self.transform.forward(self._compute(x)))
+        return Packed(self.format, encode(x, self.transform.shift, self.transform.matrix, rule))
 
     def decode(self, packed: Packed) -> Tensor:
         """[..., H, n, d]; fp32 unless the format is dense."""

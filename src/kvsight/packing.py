@@ -65,6 +65,22 @@ def pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:
 
 
 @lru_cache(maxsize=4096)
+def piece_table(widths: tuple[int, ...], block: int) -> Tensor:
+    """[12, block] int32: octet, shift down, mask and shift up of each code's up to three pieces.
+
+    Where a code has no such piece, and past the stored codes, all is zero.
+    """
+    table = torch.zeros(12, block, dtype=torch.int32)
+    seen = [0] * len(widths)
+    for piece in pieces(widths):
+        row = 4 * seen[piece.owner]
+        seen[piece.owner] += 1
+        entries = (piece.at // 8, piece.at % 8, (1 << piece.size) - 1, piece.low)
+        table[row : row + 4, piece.owner] = torch.tensor(entries, dtype=torch.int32)
+    return table
+
+
+@lru_cache(maxsize=4096)
 def _slots(widths: tuple[int, ...], device: torch.device) -> tuple[_Slot, ...]:
     """Every code's pieces side by side, in as many slots as the longest code has pieces."""
     stored = len(widths) - widths.count(0)

@@ -36,6 +36,10 @@ class Wrapped:
     def tables(self):
         return self.sound.tables
 
+    @property
+    def rounding(self):
+        return None
+
     def encode(self, y: Tensor) -> Packed:
         return self.sound.encode(y)
 

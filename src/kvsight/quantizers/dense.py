@@ -20,6 +20,10 @@ class DenseQuantizer:
     def tables(self) -> tuple[Tensor, ...]:
         return ()
 
+    @property
+    def rounding(self) -> None:
+        """None: ``encode`` takes coordinates."""
+
     def encode(self, y: Tensor) -> Packed:
         """[..., H, n, d] in ``format.dtype``."""
         return Packed(self.format, (y.to(self.format.dtype),))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, Row
-from kvsight.packing import MAX_WIDTH, pack_row
+from kvsight.ops.encode.ref import Rounding, nearest, quantize, rounding
+from kvsight.packing import MAX_WIDTH
 
 _GRID = 1 << 17
 _SWEEPS = 4000
@@ -121,42 +122,16 @@ class RowQuantizer:
 
     def encode(self, y: Tensor) -> Packed:
         """[..., H, n, d] to rows [..., H, n, bytes]."""
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        norms: tuple[Tensor, ...] = ()
-        if self.format.norm:
-            largest = torch.finfo(torch.float16).max
-            rms = y.square().mean(dim=-1, keepdim=True).sqrt().clamp_max(largest).half()
-            y = torch.where(rms > 0, y / rms.to(y), torch.zeros_like(y))
-            norms = (rms,)
-        codes = self.codes(y)
-        return Packed(self.format, (pack_row(codes, self.format.widths), *norms))
+        return Packed(self.format, quantize(y, self.rounding))
 
     def codes(self, y: Tensor) -> Tensor:
         """uint8 codes [..., H, n, stored] of coordinates [..., H, n, d], without packing (or norm)."""
-        return self._nearest(y[..., : self.format.stored].float())
+        return nearest(y[..., : self.format.stored].float(), self.rounding.edges)
 
     @cached_property
-    def _edges(self) -> Tensor:
-        """Midpoints between levels, [H or 1, stored, K], filled up with inf; [K] when all are equal."""
-        widths = self.format.widths[: self.format.stored]
-        most = 2 ** max(widths, default=0) - 1
-        levels, starts = self.levels, self.starts.long()
-        edges = levels.new_full((*starts.shape, most), torch.inf)
-        for i, width in enumerate(widths):
-            table = levels[starts[:, i, None] + torch.arange(2**width, device=levels.device)]
-            edges[:, i, : 2**width - 1] = (table[:, 1:] + table[:, :-1]) / 2
-        flat = edges.flatten(0, 1)
-        same = len(flat) > 0 and bool((flat == flat[:1]).all())
-        return flat[0].contiguous() if same else edges
-
-    def _nearest(self, y: Tensor) -> Tensor:
-        edges = self._edges.to(y)
-        if edges.dim() == 1:
-            return torch.bucketize(y.contiguous(), edges).to(torch.uint8)
-        columns = y.movedim(-3, 0).movedim(-1, 1)
-        flat = columns.flatten(2).contiguous()
-        found = torch.searchsorted(edges.expand(len(flat), -1, -1).contiguous(), flat).to(torch.uint8)
-        return found.view(columns.shape).movedim(1, -1).movedim(0, -3).contiguous()
+    def rounding(self) -> Rounding:
+        """Boundaries between levels."""
+        return rounding(self.format, self.levels, self.starts)
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, levels=self.levels.to(device), starts=self.starts.to(device))
@@ -167,7 +142,7 @@ class RowQuantizer:
 
     def rounded(self, y: Tensor) -> Tensor:
         """Stored coordinates [H, n, stored] at their nearest levels, without packing (or norm)."""
-        index = self._nearest(y).long() + self.starts.unsqueeze(-2)
+        index = nearest(y, self.rounding.edges).long() + self.starts.unsqueeze(-2)
         return self.levels.to(y)[index]
 
     def decode(self, packed: Packed) -> Tensor:

@@ -27,6 +27,10 @@ class GroupedQuantizer:
     def tables(self) -> tuple[Tensor, ...]:
         return ()
 
+    @property
+    def rounding(self) -> None:
+        """None: ``encode`` takes coordinates."""
+
     def encode(self, y: Tensor) -> Packed:
         """[..., H, n, d] to codes and parameters; n must be a multiple of ``format.block``."""
         y = y.to(torch.promote_types(y.dtype, torch.float32))

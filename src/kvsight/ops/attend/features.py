@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvsight.formats import Dense, Format, Grouped, Row
 from kvsight.ops.attend.ref import Coded, Folded
-from kvsight.packing import packed_width, pieces
+from kvsight.packing import packed_width, piece_table, pieces
 
 _SLOTS = {4: 2, 2: 4, 1: 8}
 # levels this close to a line, relative to the largest, are on it: fp32 stores them no better
@@ -91,19 +91,6 @@ def _planes(widths: tuple[int, ...], blocks: Blocks) -> tuple[Tensor, Tensor, Te
         torch.tensor(owners, dtype=torch.int64),
         torch.tensor(worth, dtype=torch.float64),
     )
-
-
-@lru_cache(maxsize=4096)
-def _piece_table(widths: tuple[int, ...], block: int) -> Tensor:
-    """[12, block] int32: octet, shift down, mask and shift up of each code's up to three pieces."""
-    table = torch.zeros(12, block, dtype=torch.int32)
-    seen = [0] * len(widths)
-    for piece in pieces(widths):
-        row = 4 * seen[piece.owner]
-        seen[piece.owner] += 1
-        entries = (piece.at // 8, piece.at % 8, (1 << piece.size) - 1, piece.low)
-        table[row : row + 4, piece.owner] = torch.tensor(entries, dtype=torch.int32)
-    return table
 
 
 def _widths(form: Format) -> tuple[int, ...]:
@@ -275,5 +262,5 @@ def _head_tables(kind: Kind, form: Format, tables: tuple[Tensor, ...], block: in
         case _:
             return torch.zeros(1, 13, block, dtype=torch.int32)
     column = torch.nn.functional.pad(column, (0, block - form.stored)).unsqueeze(1)
-    table = _piece_table(_widths(form), block).expand(len(column), -1, -1)
+    table = piece_table(_widths(form), block).expand(len(column), -1, -1)
     return torch.cat([table, column], dim=1)
