@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+import interpreter
+
+interpreter.load()
+
 # derandomised: every run draws the same examples, which hypothesis derives from the test's source
 settings.register_profile("kvsight", deadline=None, derandomize=True, database=None, max_examples=100)
 settings.load_profile("kvsight")

@@ -166,12 +166,20 @@ def blocks(codings: Sequence[Coding | None], dim: int) -> Blocks:
             else:
                 coordinates.append(form.stored)
     nibbles, crumbs, bits = (max(column) for column in zip(*classes, strict=True))
-    return Blocks(*map(_block, (nibbles, crumbs, bits, max(coordinates))))
+    return Blocks(
+        _block(nibbles, dim // 2),
+        _block(crumbs, dim // 4),
+        _block(bits, dim // 8),
+        _block(max(coordinates)),
+    )
 
 
-def _block(count: int) -> int:
-    """The least power of two that holds ``count`` and suits a matrix product."""
-    return 0 if count == 0 else max(16, 1 << (count - 1).bit_length())
+def _block(count: int, usual: int = 0) -> int:
+    """The least power of two that holds ``count`` and suits a matrix product; 0 for none.
+
+    Less than ``usual`` is not worth compiling a kernel of its own for.
+    """
+    return 0 if count == 0 else max(16, 1 << (max(count, usual) - 1).bit_length())
 
 
 def _lines(widths: tuple[int, ...], levels: Tensor, starts: Tensor) -> tuple[Tensor, Tensor] | None:

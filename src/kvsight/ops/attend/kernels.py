@@ -30,15 +30,20 @@ def _plane(octets, MASK: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _score(s, q, octets, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """s + q · planeᵀ."""
-    return tl.dot(q, tl.trans(_plane(octets, MASK, q.dtype)), s, input_precision=PRECISION)
+def _score(s, q, octets, MASK: tl.constexpr, DTYPE: tl.constexpr):
+    """s + q · planeᵀ; in half precision the query is split in two, since folding gave it more digits."""
+    plane = tl.trans(_plane(octets, MASK, DTYPE))
+    high = q.to(DTYPE)
+    s = tl.dot(high, plane, s, input_precision="ieee")
+    if tl.float16 == DTYPE:
+        s = tl.dot((q - high.to(tl.float32)).to(DTYPE), plane, s)
+    return s
 
 
 @triton.jit
-def _mix(acc, p, octets, MASK: tl.constexpr, PRECISION: tl.constexpr):
+def _mix(acc, p, octets, MASK: tl.constexpr):
     """acc + p · plane."""
-    return tl.dot(p, _plane(octets, MASK, p.dtype), acc, input_precision=PRECISION)
+    return tl.dot(p, _plane(octets, MASK, p.dtype), acc, input_precision="ieee")
 
 
 @triton.jit
@@ -194,24 +199,24 @@ def _work(
         count_n = tl.multiple_of(count_n, ALIGN_K)
         count_c = tl.multiple_of(count_c, ALIGN_K)
         if NIBBLES_K:
-            qn0 = _query(q, lines, inside, 0, NIBBLES_K, CODES)
-            qn1 = _query(q, lines, inside, NIBBLES_K, NIBBLES_K, CODES)
+            qn0 = _query(q, lines, inside, 0, NIBBLES_K, tl.float32)
+            qn1 = _query(q, lines, inside, NIBBLES_K, NIBBLES_K, tl.float32)
         if CRUMBS_K:
             at_c: tl.constexpr = 2 * NIBBLES_K
-            qc0 = _query(q, lines, inside, at_c, CRUMBS_K, CODES)
-            qc1 = _query(q, lines, inside, at_c + CRUMBS_K, CRUMBS_K, CODES)
-            qc2 = _query(q, lines, inside, at_c + 2 * CRUMBS_K, CRUMBS_K, CODES)
-            qc3 = _query(q, lines, inside, at_c + 3 * CRUMBS_K, CRUMBS_K, CODES)
+            qc0 = _query(q, lines, inside, at_c, CRUMBS_K, tl.float32)
+            qc1 = _query(q, lines, inside, at_c + CRUMBS_K, CRUMBS_K, tl.float32)
+            qc2 = _query(q, lines, inside, at_c + 2 * CRUMBS_K, CRUMBS_K, tl.float32)
+            qc3 = _query(q, lines, inside, at_c + 3 * CRUMBS_K, CRUMBS_K, tl.float32)
         if BITS_K:
             at_b: tl.constexpr = 2 * NIBBLES_K + 4 * CRUMBS_K
-            qb0 = _query(q, lines, inside, at_b, BITS_K, CODES)
-            qb1 = _query(q, lines, inside, at_b + BITS_K, BITS_K, CODES)
-            qb2 = _query(q, lines, inside, at_b + 2 * BITS_K, BITS_K, CODES)
-            qb3 = _query(q, lines, inside, at_b + 3 * BITS_K, BITS_K, CODES)
-            qb4 = _query(q, lines, inside, at_b + 4 * BITS_K, BITS_K, CODES)
-            qb5 = _query(q, lines, inside, at_b + 5 * BITS_K, BITS_K, CODES)
-            qb6 = _query(q, lines, inside, at_b + 6 * BITS_K, BITS_K, CODES)
-            qb7 = _query(q, lines, inside, at_b + 7 * BITS_K, BITS_K, CODES)
+            qb0 = _query(q, lines, inside, at_b, BITS_K, tl.float32)
+            qb1 = _query(q, lines, inside, at_b + BITS_K, BITS_K, tl.float32)
+            qb2 = _query(q, lines, inside, at_b + 2 * BITS_K, BITS_K, tl.float32)
+            qb3 = _query(q, lines, inside, at_b + 3 * BITS_K, BITS_K, tl.float32)
+            qb4 = _query(q, lines, inside, at_b + 4 * BITS_K, BITS_K, tl.float32)
+            qb5 = _query(q, lines, inside, at_b + 5 * BITS_K, BITS_K, tl.float32)
+            qb6 = _query(q, lines, inside, at_b + 6 * BITS_K, BITS_K, tl.float32)
+            qb7 = _query(q, lines, inside, at_b + 7 * BITS_K, BITS_K, tl.float32)
     elif KEYS == 0:
         qd = _query(q, lines, inside, 0, DIM_K, DENSE_K)
     else:
@@ -258,24 +263,24 @@ def _work(
             s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             if NIBBLES_K:
                 octets = _bytes(keys, live, 0, count_n, NIBBLES_K)
-                s = _score(s, qn0, octets, 15, PRECISION)
-                s = _score(s, qn1, octets, 240, PRECISION)
+                s = _score(s, qn0, octets, 15, CODES)
+                s = _score(s, qn1, octets, 240, CODES)
             if CRUMBS_K:
                 octets = _bytes(keys, live, count_n, count_c, CRUMBS_K)
-                s = _score(s, qc0, octets, 3, PRECISION)
-                s = _score(s, qc1, octets, 12, PRECISION)
-                s = _score(s, qc2, octets, 48, PRECISION)
-                s = _score(s, qc3, octets, 192, PRECISION)
+                s = _score(s, qc0, octets, 3, CODES)
+                s = _score(s, qc1, octets, 12, CODES)
+                s = _score(s, qc2, octets, 48, CODES)
+                s = _score(s, qc3, octets, 192, CODES)
             if BITS_K:
                 octets = _bytes(keys, live, count_n + count_c, count_b, BITS_K)
-                s = _score(s, qb0, octets, 1, PRECISION)
-                s = _score(s, qb1, octets, 2, PRECISION)
-                s = _score(s, qb2, octets, 4, PRECISION)
-                s = _score(s, qb3, octets, 8, PRECISION)
-                s = _score(s, qb4, octets, 16, PRECISION)
-                s = _score(s, qb5, octets, 32, PRECISION)
-                s = _score(s, qb6, octets, 64, PRECISION)
-                s = _score(s, qb7, octets, 128, PRECISION)
+                s = _score(s, qb0, octets, 1, CODES)
+                s = _score(s, qb1, octets, 2, CODES)
+                s = _score(s, qb2, octets, 4, CODES)
+                s = _score(s, qb3, octets, 8, CODES)
+                s = _score(s, qb4, octets, 16, CODES)
+                s = _score(s, qb5, octets, 32, CODES)
+                s = _score(s, qb6, octets, 64, CODES)
+                s = _score(s, qb7, octets, 128, CODES)
         elif KEYS == 0:
             x = _dense(source_k, batch, token, live, STORED_K, DIM_K, DENSE_ALIGN_K)
             s = tl.dot(qd, tl.trans(x.to(DENSE_K)), input_precision="ieee")
@@ -303,6 +308,11 @@ def _work(
         higher = tl.maximum(top, tl.max(s, axis=1))
         decay = tl.exp2(top - higher)
         p = tl.exp2(s - higher[:, None] + HEADROOM)
+        # what is summed is what is multiplied: weights then sum to one exactly
+        if VALUES == 1:
+            p = p.to(CODES).to(tl.float32)
+        elif VALUES == 0:
+            p = p.to(DENSE_V).to(tl.float32)
         total = total * decay + tl.sum(p, axis=1)
         top = higher
         if VALUES == 1:
@@ -310,24 +320,24 @@ def _work(
             w = p.to(CODES)
             if NIBBLES_V:
                 octets = _bytes(values, live, 0, mass_n, NIBBLES_V)
-                an0 = _mix(an0 * decay[:, None], w, octets, 15, PRECISION)
-                an1 = _mix(an1 * decay[:, None], w, octets, 240, PRECISION)
+                an0 = _mix(an0 * decay[:, None], w, octets, 15)
+                an1 = _mix(an1 * decay[:, None], w, octets, 240)
             if CRUMBS_V:
                 octets = _bytes(values, live, mass_n, mass_c, CRUMBS_V)
-                ac0 = _mix(ac0 * decay[:, None], w, octets, 3, PRECISION)
-                ac1 = _mix(ac1 * decay[:, None], w, octets, 12, PRECISION)
-                ac2 = _mix(ac2 * decay[:, None], w, octets, 48, PRECISION)
-                ac3 = _mix(ac3 * decay[:, None], w, octets, 192, PRECISION)
+                ac0 = _mix(ac0 * decay[:, None], w, octets, 3)
+                ac1 = _mix(ac1 * decay[:, None], w, octets, 12)
+                ac2 = _mix(ac2 * decay[:, None], w, octets, 48)
+                ac3 = _mix(ac3 * decay[:, None], w, octets, 192)
             if BITS_V:
                 octets = _bytes(values, live, mass_n + mass_c, mass_b, BITS_V)
-                ab0 = _mix(ab0 * decay[:, None], w, octets, 1, PRECISION)
-                ab1 = _mix(ab1 * decay[:, None], w, octets, 2, PRECISION)
-                ab2 = _mix(ab2 * decay[:, None], w, octets, 4, PRECISION)
-                ab3 = _mix(ab3 * decay[:, None], w, octets, 8, PRECISION)
-                ab4 = _mix(ab4 * decay[:, None], w, octets, 16, PRECISION)
-                ab5 = _mix(ab5 * decay[:, None], w, octets, 32, PRECISION)
-                ab6 = _mix(ab6 * decay[:, None], w, octets, 64, PRECISION)
-                ab7 = _mix(ab7 * decay[:, None], w, octets, 128, PRECISION)
+                ab0 = _mix(ab0 * decay[:, None], w, octets, 1)
+                ab1 = _mix(ab1 * decay[:, None], w, octets, 2)
+                ab2 = _mix(ab2 * decay[:, None], w, octets, 4)
+                ab3 = _mix(ab3 * decay[:, None], w, octets, 8)
+                ab4 = _mix(ab4 * decay[:, None], w, octets, 16)
+                ab5 = _mix(ab5 * decay[:, None], w, octets, 32)
+                ab6 = _mix(ab6 * decay[:, None], w, octets, 64)
+                ab7 = _mix(ab7 * decay[:, None], w, octets, 128)
         elif VALUES == 0:
             x = _dense(source_v, batch, token, live, STORED_V, DIM_V, DENSE_ALIGN_V)
             ad = tl.dot(p.to(DENSE_V), x.to(DENSE_V), ad * decay[:, None], input_precision="ieee")
@@ -363,7 +373,8 @@ def _work(
         _put(acc, lines, inside, 0, ad, DIM_V)
 
 
-@triton.jit
+# what changes with every token must not compile anew
+@triton.jit(do_not_specialize=["queries", "tokens", "rows", "key_sources", "value_sources", "mask_query"])
 def attend_splits(
     table,
     q,
@@ -485,7 +496,7 @@ def attend_splits(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "queries", "rows"])
 def merge_splits(
     bounds,
     widths,

@@ -1,7 +1,7 @@
 """Where kernels find the bytes of a side: one row of numbers for each segment and KV head."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
@@ -13,8 +13,8 @@ from kvsight.formats import Dense, Grouped
 from kvsight.ops.attend.features import Blocks, Coding, Kind, Reading, blocks, most_pieces, plain, reading
 from kvsight.ops.attend.ref import Segment, head_dim, kv_heads
 
-# no load is wider than this many bytes
-_WIDEST = 16
+# hints that are worth compiling for: the widest load, a word, a byte
+_ALIGNED = (16, 4, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,8 @@ def read_side(segments: Sequence[Segment], device: torch.device) -> Side:
         padded,
         stored,
         max((most_pieces(coding) for coding in codings if coding is not None), default=0),
-        reduce(math.gcd, (_plane_align(source) for source in sources), _WIDEST),
-        reduce(math.gcd, (_dense_align(source, stored.itemsize) for source in sources), _WIDEST),
+        _aligned(_plane_align(source) for source in sources),
+        _aligned(_dense_align(source, stored.itemsize) for source in sources),
         sources,
         held,
     )
@@ -111,6 +111,11 @@ def _dense_type(segments: Sequence[Segment]) -> torch.dtype:
     forms = [c.packed.format for segment in segments for c in segment.coded]
     types += [form.dtype for form in forms if isinstance(form, Dense)]
     return reduce(torch.promote_types, types) if types else torch.float32
+
+
+def _aligned(divisors: Iterable[int]) -> int:
+    common = math.gcd(*divisors)
+    return next(size for size in _ALIGNED if common % size == 0)
 
 
 def _plane_align(source: list[int]) -> int:

@@ -243,19 +243,20 @@ def _constants(dtype: torch.dtype, left: Side, right: Side) -> dict[str, object]
         "DENSE_ALIGN_V": right.dense_align,
         "STORED_K": _TYPES[left.stored],
         "STORED_V": _TYPES[right.stored],
-        "DENSE_K": _operand(dtype, left.stored),
-        "DENSE_V": _operand(dtype, right.stored),
+        "DENSE_K": _operand(dtype, left),
+        "DENSE_V": _operand(dtype, right),
         "CODES": tl.float16 if half else tl.float32,
-        "PRECISION": "tf32" if half else "ieee",
+        "PRECISION": "tf32x3" if half else "ieee",
         "HEADROOM": _HEADROOM if half else 0.0,
     }
 
 
-def _operand(dtype: torch.dtype, stored: torch.dtype) -> tl.dtype:
-    """In what products of dense numbers are taken: their own type if the query has it, else exactly."""
+def _operand(dtype: torch.dtype, side: Side) -> tl.dtype:
+    """In what products of dense numbers are taken: the query's own type if both have it, else fp32."""
+    folded = any(Kind.DENSE in own.kinds and own.matrix is not None for own in side.groups)
     # the interpreter gets products of bfloat16 wrong
-    own = dtype == stored and not (INTERPRETED and dtype == torch.bfloat16)
-    return _TYPES[dtype if own else torch.float32]
+    wrong = INTERPRETED and dtype == torch.bfloat16
+    return _TYPES[dtype if dtype == side.stored and not folded and not wrong else torch.float32]
 
 
 def _pairs(cuts: list[list[int]], left: Side, right: Side) -> dict[str, int]:

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# what changes with every call must not compile anew
+@triton.jit(do_not_specialize=["tokens", "x_batch", "x_head"])
 def encode_rows(
     x,
     shift,

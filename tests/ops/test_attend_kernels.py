@@ -1,0 +1,355 @@
+"""Triton's attention against brute force in fp64; an error at most twice that of plain torch passes.
+
+In the interpreter a program takes tens of milliseconds, so that cases are as small as they can be.
+"""
+
+import math
+
+import pytest
+import torch
+from test_attend import decoded, draw, plain
+
+from interpreter import DEVICE, available
+from kvsight.codec import Codec
+from kvsight.errors import KVSightError
+from kvsight.formats import Dense, Grouped
+from kvsight.ops.attend import Segment, attend, dispatch, op, ref
+from kvsight.quantizers.dense import DenseQuantizer
+from kvsight.quantizers.lloyd_max import fitted_levels, gaussian, row_quantizer, uniform
+from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.transforms import centre, haar, identity
+
+pytestmark = [available, pytest.mark.usefixtures("kernels")]
+DIM = 20
+MIXED = (8, 8, 7, 7, 6, 6, 5, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 1, 1, 0)
+
+
+def rows(widths, codebook=uniform, norm=False, seed=0):
+    """A codec of one head."""
+    dim = len(widths)
+    turned = centre(draw(1, dim, seed=seed + 50).double()).then(haar(dim, seed=seed)).stored()
+    return Codec("rows", turned, row_quantizer(tuple(widths), codebook, norm))
+
+
+def fitted(dim=DIM):
+    """A codebook of its own for every coordinate."""
+    codec = rows((3,) * dim)
+    return Codec("fitted", codec.transform, fitted_levels(codec.quantizer, draw(1, 200, dim).double()))
+
+
+CODECS = {
+    "planes": rows(MIXED),
+    "nibbles": rows((4,) * DIM, seed=1),
+    "plain planes": Codec("rows", identity(DIM), row_quantizer((3,) * 15 + (0,) * 5, uniform)),
+    "levels": rows(MIXED, gaussian),
+    "fitted": fitted(),
+    "norm": rows((3,) * DIM, gaussian, norm=True),
+    "channel groups": Codec("int", identity(DIM), GroupedQuantizer(Grouped(DIM, 3, 7, "channel"))),
+    "token groups": Codec("kivi", identity(DIM), GroupedQuantizer(Grouped(DIM, 2, 4, "token"))),
+    "half": Codec("dense", haar(DIM, seed=3).stored(), DenseQuantizer(Dense(DIM, torch.float16))),
+}
+
+
+def coded(codecs, x, skip=0):
+    """Head h of x in codecs[h], listed in reverse; ``skip`` tokens are stored in front and hidden."""
+    hidden = draw(x.shape[0], x.shape[1], skip, x.shape[3], seed=60)
+    x = torch.cat((hidden, x), dim=2)
+    parts = []
+    for head, codec in reversed(list(enumerate(codecs))):
+        parts.append(codec.to(DEVICE).coded((head,), codec.encode(x[:, head : head + 1]).to(DEVICE)))
+    return Segment(x.shape[2] - skip, coded=tuple(parts), skip=skip)
+
+
+def dense(x, dtype=torch.float32):
+    return Segment(x.shape[2], dense=x.to(DEVICE, dtype))
+
+
+def run(q, keys, values, splits=None, **settings):
+    """The kernels, without what dispatch adds."""
+    from kvsight.ops.attend import triton
+
+    assert triton.supports(q, keys, values)
+    return triton.attend(q, keys, values, splits=splits, **({"scaling": 0.3} | settings))
+
+
+def check(q, keys, values, splits=None, **settings):
+    q = q.to(DEVICE)
+    settings = {"scaling": 0.3} | settings
+    out = run(q, keys, values, splits, **settings)
+    assert out.shape == (q.shape[0], q.shape[2], q.shape[1], decoded(values).shape[3])
+    assert out.dtype == q.dtype
+    exact = plain(q, keys, values, torch.float64, **settings)
+    same = ref.attend(q, keys, values, **settings)
+    for norm in (lambda e: float(e.abs().max()), lambda e: float(e.square().mean().sqrt())):
+        ours, theirs = norm(out.double() - exact), norm(same.double() - exact)
+        assert ours <= 2 * theirs + 2e-7, f"error {ours:.3g}, plain torch {theirs:.3g}"
+    return out
+
+
+def history(tokens, heads=1, dim=DIM, seed=1, batch=1):
+    return draw(batch, heads, tokens, dim, seed=seed), draw(batch, heads, tokens, dim, seed=seed + 1)
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_every_format_on_both_sides(kind):
+    k, v = history(100)
+    check(draw(1, 2, 1, DIM), [coded([CODECS[kind]], k)], [coded([CODECS[kind]], v)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["planes", "norm", "channel groups", "half"])
+def test_half_precision(kind, dtype):
+    k, v = history(70)
+    keys = [coded([CODECS[kind]], k[:, :, :64]), dense(k[:, :, 64:], dtype)]
+    values = [coded([CODECS[kind]], v[:, :, :64]), dense(v[:, :, 64:], torch.bfloat16)]
+    check(3 * draw(1, 2, 1, DIM).to(dtype), keys, values)
+
+
+def widths_of(seed, dim=DIM):
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.randperm(9, generator=generator)[: 1 + seed % 5]
+    picks = some[torch.randint(0, len(some), (dim,), generator=generator)]
+    return sorted(picks.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("width", range(9))
+def test_every_width_alone_and_next_to_any_mix(width):
+    # two heads of different widths share the launch, and keys and values differ too
+    own = [rows((width,) * DIM, seed=width), rows(widths_of(width), seed=width + 10)]
+    other = [rows(widths_of(width + 20), seed=width + 20), rows((8 - width,) * DIM, seed=width + 30)]
+    k, v = history(9, heads=2, seed=width)
+    check(draw(1, 2, 1, DIM), [coded(own, k)], [coded(other, v)])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_free_levels_of_any_mix_of_widths(seed):
+    codecs = [rows(widths_of(seed + 40), gaussian, seed=seed)]
+    k, v = history(9, seed=seed)
+    check(draw(1, 1, 1, DIM), [coded(codecs, k)], [coded(codecs, v)])
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("codebook", [uniform, gaussian])
+def test_head_dims(dim, codebook):
+    codecs = [rows((5,) * (dim // 4) + (4,) * (dim // 4) + (2,) * (dim // 2), codebook)]
+    k, v = history(33, dim=dim)
+    check(draw(1, 1, 1, dim), [coded(codecs, k)], [coded(codecs, v)])
+
+
+@pytest.mark.parametrize(("group", "count"), [(1, 1), (1, 16), (3, 2), (8, 5), (16, 1), (16, 16)])
+def test_query_heads_and_tokens(group, count):
+    k, v = history(40)
+    check(draw(1, group, count, DIM), [coded([CODECS["nibbles"]], k)], [coded([CODECS["planes"]], v)])
+
+
+def mixed(batch=1):
+    """Sinks, codes and window; sides change format at other tokens and heads differ in format."""
+    k, v = history(90, heads=2, batch=batch)
+    keys = [
+        dense(k[:, :, :3], torch.bfloat16),
+        coded([CODECS["token groups"], CODECS["planes"]], k[:, :, 3:75], skip=5 + 3),
+        dense(k[:, :, 75:]),
+    ]
+    values = [
+        dense(v[:, :, :3], torch.bfloat16),
+        coded([CODECS["planes"], CODECS["norm"]], v[:, :, 3:88], skip=1),
+        dense(v[:, :, 88:88]),
+        dense(v[:, :, 88:]),
+    ]
+    return keys, values
+
+
+MASKS = {
+    "causal": {},
+    "not causal": {"causal": False},
+    "bool per head": {"mask": draw(2, 4, 7, 90, seed=21) > -0.5},
+    "additive with holes": {"mask": torch.where(draw(2, 1, 7, 99, seed=23) > 0, 0.5, -math.inf)},
+    "softcap": {"softcap": 0.7},
+    "sink logits": {"sink_logits": draw(4, seed=30)},
+    "all": {
+        "mask": draw(1, 1, 7, 90, seed=24) > 0,
+        "softcap": 3.0,
+        "sink_logits": draw(4, seed=31).bfloat16(),
+    },
+}
+
+
+@pytest.mark.parametrize("settings", MASKS.values(), ids=MASKS)
+def test_mixed_segments(settings):
+    given = settings.get("mask")
+    batch = 1 if given is None else given.shape[0]
+    keys, values = mixed(batch)
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
+    check(draw(batch, 4, 7, DIM, seed=6), keys, values, **moved)
+
+
+@pytest.mark.parametrize("splits", range(1, 6))
+def test_splits_meet_without_a_seam(splits):
+    from kvsight.ops.attend.triton import _cuts
+
+    k, v = history(300)
+    keys = [dense(k[:, :, :2]), coded([CODECS["planes"]], k[:, :, 2:])]
+    values = [coded([CODECS["channel groups"]], v)]
+    assert len(_cuts([2, 300], [300], splits)) == (2, 3, 4, 4, 6)[splits - 1]
+    check(4 * draw(1, 2, 2, DIM), keys, values, splits)
+
+
+def test_cuts_cover_every_token_once_and_stay_inside_segments():
+    from kvsight.ops.attend.triton import _cuts
+
+    for splits in (1, 2, 7):
+        cuts = _cuts([3, 500, 777], [1, 690, 700, 777], splits)
+        assert [cut[0] for cut in cuts] == [0, *(cut[1] for cut in cuts[:-1])]
+        assert cuts[-1][1] == 777
+        for start, stop, key, value in cuts:
+            assert start < stop
+            assert ([0, 3, 500][key] <= start) and (stop <= [3, 500, 777][key])
+            assert ([0, 1, 690, 700][value] <= start) and (stop <= [1, 690, 700, 777][value])
+
+
+@pytest.mark.parametrize("lowest", [None, torch.finfo(torch.float32).min, -math.inf])
+def test_splits_that_see_nothing_and_rows_that_see_nothing(lowest):
+    # the first split is hidden from all queries, everything from the first: left padding
+    k, v = history(130)
+    keys, values = [coded([CODECS["planes"]], k)], [coded([CODECS["planes"]], v)]
+    mask = torch.zeros(1, 1, 3, 130, dtype=torch.bool)
+    mask[:, :, 1:, 70:] = True
+    given = mask if lowest is None else torch.where(mask, 0.0, lowest)
+    q = draw(1, 2, 3, DIM).to(DEVICE)
+    # a textbook's softmax of nothing is NaN, the definition's is not
+    out = run(q, keys, values, 2, mask=given.to(DEVICE))
+    expected = ref.attend(q, keys, values, scaling=0.3, mask=given.to(DEVICE))
+    assert torch.allclose(out, expected, atol=1e-6)
+    sink = run(q, keys, values, 2, mask=given.to(DEVICE), sink_logits=torch.zeros(2, device=DEVICE))
+    assert sink[:, 0].abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65])
+def test_odd_numbers_of_tokens(tokens):
+    k, v = history(tokens)
+    check(draw(1, 1, 1, DIM), [coded([CODECS["planes"]], k)], [coded([CODECS["fitted"]], v)])
+
+
+def test_prefill_in_blocks_and_in_chunks(monkeypatch):
+    from kvsight.ops.attend import triton
+
+    k, v = history(70)
+    codecs = [CODECS["nibbles"]]
+    keys = [coded(codecs, k[:, :, :30]), dense(k[:, :, 30:])]
+    values = [coded(codecs, v[:, :, :30]), dense(v[:, :, 30:])]
+    q = draw(1, 2, 40, DIM)
+    whole = check(q, keys, values)
+    # chunked prefill: the second half of the queries alone
+    assert torch.allclose(check(q[:, :, 25:], keys, values), whole[:, 25:], atol=1e-6)
+    monkeypatch.setattr(triton, "_SCRATCH", 1)
+    q = q[:, :, 37:]
+    assert torch.allclose(check(q, keys, values), whole[:, 37:], atol=1e-6)
+
+
+def test_strided_inputs_and_wider_values():
+    wide = draw(1, 30, 2, 24, seed=9).to(DEVICE).transpose(1, 2)
+    backwards = draw(1, 2, DIM, 30, seed=8).to(DEVICE).mT
+    q = draw(1, 7, 2, DIM, seed=28).transpose(1, 2)
+    check(q, [Segment(30, dense=backwards)], [Segment(30, dense=wide)])
+
+
+def test_twice_is_equal_and_inputs_are_left_alone():
+    keys, values = mixed()
+    q = draw(1, 4, 2, DIM).to(DEVICE)
+    before = q.clone(), decoded(keys), decoded(values)
+    assert torch.equal(run(q, keys, values, 2), run(q, keys, values, 2))
+    assert all(map(torch.equal, (q, decoded(keys), decoded(values)), before))
+
+
+def test_what_kernels_do_not_cover_is_for_the_definition():
+    from kvsight.ops.attend.triton import supports
+
+    k, v = history(8)
+    keys, values = [coded([CODECS["planes"]], k)], [dense(v)]
+    q = draw(1, 2, 1, DIM).to(DEVICE)
+    assert supports(q, keys, values)
+    assert not supports(q.double(), keys, values)
+    assert not supports(q, keys, [dense(v, torch.float64)])
+    assert not supports(q, [dense(k[:, :, :0])], [dense(v[:, :, :0])])
+    assert not supports(q[:0], keys, values)
+    assert not supports(q.clone().requires_grad_(), keys, values)
+    many = draw(1, 2, 9, DIM).to(DEVICE)
+    assert not supports(many, keys, values)
+    assert supports(many, keys, values, causal=False)
+
+
+def test_dispatch():
+    k, v = history(8)
+    keys, values = [coded([CODECS["planes"]], k)], [dense(v)]
+    q = draw(1, 2, 1, DIM).to(DEVICE)
+    chosen = "triton" if DEVICE == "cuda" else "ref"
+    assert dispatch.choose(q, keys, values) == chosen
+    assert dispatch.choose(q.double(), keys, values) == "ref"
+    assert [dispatch.choose(q, keys, values, backend=name) for name in dispatch.BACKENDS] == [
+        "ref",
+        "triton",
+    ]
+    definition = ref.attend(q, keys, values, scaling=0.3)
+    assert torch.equal(attend(q, keys, values, scaling=0.3, backend="ref"), definition)
+    kernels = run(q, keys, values)
+    assert torch.equal(attend(q, keys, values, scaling=0.3, backend="triton"), kernels)
+    assert not torch.equal(kernels, definition)
+    with pytest.raises(KVSightError, match="backend is one of ref, triton; got 'cuda'"):
+        attend(q, keys, values, scaling=0.3, backend="cuda")
+    with pytest.raises(KVSightError, match=r"does not read these segments .* torch\.float64"):
+        attend(q.double(), keys, values, scaling=0.3, backend="triton")
+
+
+def test_segments_survive_flattening():
+    keys, values = mixed()
+    keys.append(coded([CODECS["half"], CODECS["levels"]], draw(1, 2, 3, DIM)))
+    tensors, layout = op.flatten((keys, values))
+    numbers, stored = iter(layout), iter(tensors)
+    for side in (keys, values):
+        assert next(numbers) == len(side)
+        for segment in side:
+            back = op._segment(numbers, stored)
+            assert (back.tokens, back.skip) == (segment.tokens, segment.skip)
+            for mine, theirs in zip(segment.coded, back.coded, strict=True):
+                assert (mine.heads, mine.packed.format) == (theirs.heads, theirs.packed.format)
+                ours = (*mine.packed.tensors, *mine.tables, mine.folded.inverse, mine.folded.shift)
+                assert all(
+                    a is b
+                    for a, b in zip(
+                        ours,
+                        (
+                            *theirs.packed.tensors,
+                            *theirs.tables,
+                            theirs.folded.inverse,
+                            theirs.folded.shift,
+                        ),
+                        strict=True,
+                    )
+                )
+    assert not list(numbers) + list(stored)
+
+
+@pytest.mark.parametrize(("compiler", "backend"), [("eager", "triton"), ("aot_eager", "ref")])
+def test_one_graph(compiler, backend):
+    torch.compiler.reset()
+    codec = CODECS["planes"]
+
+    def step(q, keys, values):
+        return 2 * attend(q, keys, values, scaling=0.3, softcap=5.0, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    with torch.no_grad():
+        for tokens in (9, 12):
+            k, v = history(tokens)
+            keys, values = [coded([codec], k, skip=1)], [dense(v)]
+            q = draw(1, 2, 1, DIM).to(DEVICE)
+            assert torch.equal(compiled(q, keys, values), step(q, keys, values))
+    torch.compiler.reset()
+
+
+def test_the_operator_keeps_torchs_rules():
+    keys, values = mixed()
+    tensors, layout = op.flatten((keys, values))
+    q = draw(1, 4, 2, DIM).to(DEVICE)
+    arguments = (q, tensors, layout, DIM, 0.3, None, True, None, None, "ref")
+    torch.library.opcheck(op.attend_op, arguments, test_utils=("test_schema", "test_faketensor"))
