@@ -143,6 +143,11 @@ def test_importing_loads_nothing_heavy(code):
     assert run(f"{code}; {heavy}") == ""
 
 
+def test_triton_waits_for_a_gpu():
+    modules = "kvsight.ops.attend, kvsight.ops.encode, kvsight.cache.side"
+    assert run(f"import sys, {modules}; print('triton' in sys.modules)") == "False"
+
+
 def test_public_functions_outlive_the_modules_of_their_name():
     run(
         "import kvsight\n"
