@@ -121,15 +121,17 @@ def test_every_width_alone_and_next_to_any_mix(width):
     check(draw(1, 2, 1, DIM), [coded(own, k)], [coded(other, v)])
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_free_levels_of_any_mix_of_widths(seed):
     codecs = [rows(widths_of(seed + 40), gaussian, seed=seed)]
     k, v = history(9, seed=seed)
     check(draw(1, 1, 1, DIM), [coded(codecs, k)], [coded(codecs, v)])
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("codebook", [uniform, gaussian])
+@pytest.mark.parametrize(
+    ("dim", "codebook"),
+    [(64, gaussian), (80, uniform), (96, uniform), (128, uniform), (256, uniform), (256, gaussian)],
+)
 def test_head_dims(dim, codebook):
     codecs = [rows((5,) * (dim // 4) + (4,) * (dim // 4) + (2,) * (dim // 2), codebook)]
     k, v = history(33, dim=dim)
