@@ -53,8 +53,8 @@ if __name__ == "__main__":
 
     from kvsight.ops.attend import kernels as attending
     from kvsight.ops.attend import triton as attend
-    from kvsight.ops.encode import encode
     from kvsight.ops.encode import kernels as encoding
+    from kvsight.ops.encode import triton as encode
 
     attending.attend_splits = Compiled(attending.attend_splits)
     attending.merge_splits = Compiled(attending.merge_splits)
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     for kind in ("planes", "norm"):
         codec = cases.CODECS[kind]
         transform, rule = codec.transform, codec.quantizer.rounding
-        encode(x, transform.shift, transform.matrix, rule, backend="triton")
+        encode.encode(x, transform.shift, transform.matrix, rule)

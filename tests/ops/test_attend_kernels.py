@@ -263,7 +263,8 @@ def test_twice_is_equal_and_inputs_are_left_alone():
     assert all(map(torch.equal, (q, decoded(keys), decoded(values)), before))
 
 
-def test_what_kernels_do_not_cover_is_for_the_definition():
+def test_what_kernels_do_not_cover_is_for_the_definition(monkeypatch):
+    from kvsight.ops.attend import triton
     from kvsight.ops.attend.triton import supports
 
     k, v = history(8)
@@ -278,6 +279,8 @@ def test_what_kernels_do_not_cover_is_for_the_definition():
     many = draw(1, 2, 9, DIM).to(DEVICE)
     assert not supports(many, keys, values)
     assert supports(many, keys, values, causal=False)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert supports(q, keys, values) == (DEVICE == "cuda")
 
 
 def test_dispatch():

@@ -220,7 +220,8 @@ def plain(heads: int, dim: int) -> Reading:
     return Reading((Kind.DENSE,) * heads, ((dim, 0, 0),) * heads)
 
 
-@lru_cache(maxsize=1024)
+# two for each layer of the largest models
+@lru_cache(maxsize=512)
 def reading(coding: Coding, padded: Blocks, dim: int, device: torch.device) -> Reading:
     """Of a coded segment; every head's features start at 0 of ``padded.width`` columns."""
     of_head: dict[int, tuple[Kind, tuple[int, int, int], Tensor, Tensor, Tensor]] = {}

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsight.formats import Dense, Format, Grouped, Row
+from kvsight.formats import Dense, Grouped, Row
 from kvsight.ops.attend import kernels
 from kvsight.ops.attend.features import Kind
-from kvsight.ops.attend.ref import Segment
+from kvsight.ops.attend.ref import Coded, Segment
 from kvsight.ops.attend.sources import Side, read_side
 
 INTERPRETED = not isinstance(kernels.attend_splits, triton.JITFunction)
@@ -41,6 +41,7 @@ def supports(q: Tensor, keys: Sequence[Segment], values: Sequence[Segment], caus
     tokens = sum(segment.tokens for segment in keys)
     return (
         q.dtype in _TYPES
+        and (q.is_cuda or INTERPRETED)
         and q.numel() > 0
         and tokens > 0
         # with more queries than keys the first ones see nothing
@@ -53,14 +54,17 @@ def supports(q: Tensor, keys: Sequence[Segment], values: Sequence[Segment], caus
 def _readable(segment: Segment, device: torch.device) -> bool:
     if segment.dense is not None:
         return segment.dense.dtype in _TYPES and segment.dense.device == device
-    return all(_known(c.packed.format) and c.packed.tensors[0].device == device for c in segment.coded)
+    return all(_known(c) and c.packed.tensors[0].device == device for c in segment.coded)
 
 
-def _known(form: Format) -> bool:
-    match form:
-        case Dense():
-            return form.dtype in _TYPES
-        case Row() | Grouped():
+def _known(coded: Coded) -> bool:
+    match coded.packed.format:
+        case Dense(dtype=dtype):
+            return dtype in _TYPES
+        case Row():
+            levels = coded.tables[0]
+            return levels.dtype == torch.float32 and levels.is_contiguous()
+        case Grouped():
             return True
     return False
 
@@ -306,7 +310,7 @@ def _merge(
         tops,
         sums,
         acc,
-        tops if sink_logits is None else sink_logits,
+        tops if sink_logits is None else sink_logits.contiguous(),
         mixed,
         mass,
         splits,

@@ -8,6 +8,8 @@ from kvsight.ops.encode import kernels
 from kvsight.ops.encode.ref import Rounding
 from kvsight.packing import packed_width, piece_table, pieces
 
+INTERPRETED = not isinstance(kernels.encode_rows, triton.JITFunction)
+
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCK_N = 32
 _BLOCK_K = 32
@@ -17,6 +19,7 @@ def supports(x: Tensor, rule: Rounding) -> bool:
     """Whether the kernel covers these arguments; what it does not cover is for ``ref.encode``."""
     return (
         x.dtype in _TYPES
+        and (x.is_cuda or INTERPRETED)
         and x.dim() == 4
         and x.numel() > 0
         and rule.format.stored > 0
