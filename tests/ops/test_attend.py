@@ -93,7 +93,9 @@ def plain(q, keys, values, dtype, **settings):
             scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
         )
     elif settings.get("causal", True):
-        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(
+            k.shape[2] - q.shape[2] + 1
+        )
         scores = scores.masked_fill(ahead, -math.inf)
     if sinks is not None:
         column = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
