@@ -2,8 +2,8 @@
 
 Centre, map, divide by the norm where one is stored, find the nearest level, pack. Kernels work in fp32,
 this in fp64; codes agree except where a coordinate lies within fp32 rounding of a decision boundary:
-nearer than 2^-20 (Σ_i |x_i - shift_i| |matrix_ij| / norm + the boundary's size), the norm being 1 where
-none is stored.
+nearer than 2^-20 (Σ_i |x_i - shift_i| |matrix_ij| / norm + the coordinate's largest boundary), the norm
+being 1 where none is stored.
 """
 
 from dataclasses import dataclass
