@@ -149,8 +149,8 @@ def mixed(batch=1):
     k, v = history(90, heads=2, batch=batch)
     keys = [
         dense(k[:, :, :3], torch.bfloat16),
-        coded([CODECS["token groups"], CODECS["planes"]], k[:, :, 3:75], skip=5 + 3),
-        dense(k[:, :, 75:]),
+        coded([CODECS["token groups"], CODECS["planes"]], k[:, :, 3:74], skip=5),
+        dense(k[:, :, 74:]),
     ]
     values = [
         dense(v[:, :, :3], torch.bfloat16),
