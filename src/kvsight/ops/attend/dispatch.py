@@ -1,4 +1,4 @@
-"""Which attention runs: Triton where it reads these segments on a GPU, else plain torch."""
+"""Which attention runs: plain torch, or Triton where it is asked for and reads these segments."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -29,8 +29,8 @@ def attend(  # noqa: PLR0913
 ) -> Tensor:
     """softmax(scaling · q kᵀ) v over packed segments; arguments and result are those of ``ref.attend``.
 
-    ``backend``: "ref" is plain torch, "triton" raises for what its kernels do not cover. By default Triton
-    runs on CUDA where it can, plain torch elsewhere.
+    ``backend``: "ref" (default) is plain torch, "triton" raises for what its kernels do not cover. The
+    kernels have run in Triton's interpreter only, so nothing chooses them by itself.
     """
     if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and q.requires_grad):
         from kvsight.ops.attend import op
@@ -63,12 +63,9 @@ def choose(
     causal: bool = True,
     backend: str | None = None,
 ) -> str:
-    """``backend`` if it can do this, or raise; by default Triton on CUDA for what it supports, else ref."""
-    if backend == "ref":
-        return backend
-    if backend is None:
-        able = q.device.type == "cuda" and has_triton() and _supports(q, keys, values, causal)
-        return "triton" if able else "ref"
+    """``backend`` if it can do this, or raise; plain torch where none is named."""
+    if backend in (None, "ref"):
+        return "ref"
     if backend != "triton":
         raise KVSightError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}.")
     if not has_triton():
@@ -76,7 +73,7 @@ def choose(
     if not _supports(q, keys, values, causal):
         raise KVSightError(
             f"backend 'triton' does not read these segments for queries {tuple(q.shape)} in {q.dtype} on "
-            f"{q.device}; leave backend unset to fall back to plain torch."
+            f"{q.device}; leave backend unset for plain torch."
         )
     return backend
 

@@ -1,4 +1,4 @@
-"""Which encoder runs: Triton for what it supports on a GPU, else plain torch."""
+"""Which encoder runs: plain torch, or Triton where it is asked for."""
 
 from torch import Tensor
 
@@ -18,16 +18,15 @@ def encode(
     """``ref.encode``; ``backend`` as in ``ops.attend.attend``."""
     if backend not in (None, *BACKENDS):
         raise KVSightError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}.")
-    wanted = x.device.type == "cuda" if backend is None else backend == "triton"
-    if not wanted or (backend is None and not has_triton()):
+    if backend != "triton":
         return ref.encode(x, shift, matrix, rule)
+    if not has_triton():
+        raise KVSightError("backend 'triton' needs the triton package; pip install 'kvsight[gpu]'.")
     from kvsight.ops.encode import triton
 
     if triton.supports(x, rule):
         return triton.encode(x, shift, matrix, rule)
-    if backend is None:
-        return ref.encode(x, shift, matrix, rule)
     raise KVSightError(
         f"backend 'triton' does not encode {tuple(x.shape)} in {x.dtype} on {x.device}; leave backend "
-        "unset to fall back to plain torch."
+        "unset for plain torch."
     )
