@@ -11,8 +11,9 @@ from zoo import tokens
 import kvsight
 from kvsight import assets
 from kvsight.errors import KVSightError
+from kvsight.eval.arms import UNCOMPRESSED
 from kvsight.eval.tasks import books, continuation, copying, induction, recall
-from kvsight.eval.tasks.arms import UNCOMPRESSED, Arm, check_read, packed_arm, score
+from kvsight.eval.tasks.arms import Arm, check_read, packed_arm, score
 from kvsight.eval.tasks.base import Setting, Source, context_length
 from kvsight.eval.tasks.last_word import LAMBADA, LAST_WORD, lambada_passages, text_passages
 from kvsight.eval.tasks.registry import TASKS, chosen, possible

@@ -1,21 +1,20 @@
 """An arm is what is compared: a plan, or the uncompressed model. Every task reads through one."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from kvsight.errors import KVSightError
+from kvsight.eval import caches
 from kvsight.fingerprint import check_model
-from kvsight.integrations.hf import PackedCache, enable
+from kvsight.integrations.hf import PackedCache
 from kvsight.plan import Plan
 from kvsight.planfile import plan_hash
 
-UNCOMPRESSED = "uncompressed"
 # logits of one forward pass: 1 GiB in fp32
 _ELEMENTS = 1 << 28
 
@@ -36,17 +35,18 @@ class Arm:
     def plan_hash(self) -> str:
         return "" if self.plan is None else plan_hash(self.plan)
 
+    @property
+    def _way(self) -> caches.Arm:
+        return caches.Arm(self.label, self.plan)
+
     def cache(self) -> Cache:
         """An empty cache."""
-        if self.plan is None:
-            return DynamicCache(config=self.model.config)
-        return PackedCache(self.plan, self.model.config, monitor=False)
+        return self._way.cache(self.model.config)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Within it attention runs on the codes, and nothing records gradients."""
-        attention: Any = nullcontext() if self.plan is None else enable(self.model)
-        with torch.inference_mode(), attention:
+        with torch.inference_mode(), self._way.attention(self.model):
             yield
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -74,8 +74,7 @@ class Scores:
 def packed_arm(model: PreTrainedModel, plan: Plan) -> Arm:
     """An arm named after its method and its stored bits to two decimals, such as ``sight@3``."""
     check_model(plan, model)
-    method = plan.method if isinstance(plan.method, str) else f"{plan.method['k']}/{plan.method['v']}"
-    return Arm(f"{method}@{round(plan.true_bits, 2):g}", model, plan)
+    return Arm(caches.arm_of(plan).name, model, plan)
 
 
 def score(arm: Arm, ids: Tensor) -> Scores:

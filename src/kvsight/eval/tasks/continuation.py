@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, stack, tensor
 
 from kvsight.errors import KVSightError
-from kvsight.eval.tasks.arms import UNCOMPRESSED, Arm, check_read
+from kvsight.eval.arms import UNCOMPRESSED
+from kvsight.eval.tasks.arms import Arm, check_read
 from kvsight.eval.tasks.base import Part, Sample, Setting, Task
 from kvsight.eval.tasks.tokens import lead, source_ids, spread
 

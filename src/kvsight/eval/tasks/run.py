@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from kvsight.errors import KVSightError
+from kvsight.eval.arms import UNCOMPRESSED
 from kvsight.eval.conditions import shared_conditions
 from kvsight.eval.intervals import mean_interval, paired_interval
-from kvsight.eval.tasks.arms import UNCOMPRESSED, Arm
+from kvsight.eval.tasks.arms import Arm
 from kvsight.eval.tasks.base import Sample, Setting, Task
 from kvsight.records import Conditions, Records, Row
 from kvsight.trace import Progress
