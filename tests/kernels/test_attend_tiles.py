@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kvsight.errors import KVSightError
 from kvsight.formats import Packed, Row
-from kvsight.ops.attend.cuda import SOURCE, Arguments, Exact, TiledTokens, TileReader, token_ranges
+from kvsight.ops.attend.cuda import SOURCE, Arguments, Exact, Shape, TiledTokens, TileReader, token_ranges
 from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
 from kvsight.ops.attend.tiles import fold
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
@@ -252,3 +253,15 @@ def test_runs_are_equal_and_leave_the_counters_at_zero(emulated):
     assert torch.equal(run(emulated, call), once)
     done = next(t for t in call.tensors if t.data_ptr() == call.values["done"])
     assert done.shape == (4,) and not done.any()
+
+
+@pytest.mark.parametrize("row_tiles", [1, 4])
+@pytest.mark.parametrize("blocks", [4, 16, 32])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_shapes_fit_a_multiprocessor(dim, blocks, row_tiles):
+    widest = 2 * 128 * 4 * blocks
+    shape = Shape(dim, blocks, blocks, row_tiles, 0).fitting(widest)
+    assert shape.shared_bytes <= 227 * 1024
+    assert shape.ring >= max(widest, shape.least_ring) and shape.ring % 128 == 0
+    with pytest.raises(KVSightError, match="do not fit the shared memory"):
+        shape.fitting(1 << 18)

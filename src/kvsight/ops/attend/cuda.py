@@ -3,7 +3,7 @@
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from kvsight.tiling import CHUNK, TOKENS
 
 SOURCE = Path(__file__).with_name("tiles.cu")
 _ROWS = 4
+# shared memory that the blocks of a multiprocessor may use, and as much of it as a warp can put to use
+_SHARED = 227 * 1024
+_RING = 24 * 1024
 _MOST_ROW_TILES = 4
 MOST_ROWS = _ROWS * _MOST_ROW_TILES
 
@@ -66,7 +69,7 @@ class Shape:
     row_tiles: int
     number: int
     warps: int = 8
-    ring: int = 24 * 1024
+    ring: int = 0
     blocks: int = 1
 
     def macros(self) -> dict[str, int]:
@@ -85,12 +88,29 @@ class Shape:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: rings and the folded query, or the merges that reuse them."""
         rows, keys = _ROWS * self.row_tiles, CHUNK * self.key_blocks
-        values = CHUNK * self.value_blocks
         fragments = (self.key_blocks + 1) * self.row_tiles * 256
         work = 4 * max(rows * (self.head_dim + keys), 2 * self.warps * rows)
-        stream = self.warps * max(self.ring, 4 * rows * values) + 8 * rows + fragments + work
+        stream = self.warps * self.ring + 8 * rows + fragments + work
         exact = 4 * rows * (self.head_dim * (self.warps + 1) + 2 * self.warps)
         return max(stream, exact)
+
+    @property
+    def least_ring(self) -> int:
+        """What a warp's sums take of its ring when warps are merged."""
+        return 4 * _ROWS * self.row_tiles * CHUNK * self.value_blocks
+
+    def fitting(self, tile_bytes: int) -> "Shape":
+        """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
+        wanted = max(tile_bytes, self.least_ring)
+        for warps in (8, 4, 2, 1):
+            bare = replace(self, warps=warps, ring=0)
+            ring = (_SHARED // self.blocks - bare.shared_bytes) // warps // 128 * 128
+            if ring >= wanted:
+                return replace(bare, ring=min(ring, max(wanted, _RING)))
+        raise KVSightError(
+            f"tiles of {tile_bytes} bytes do not fit the shared memory of a multiprocessor; "
+            "fit the plan with fewer bits."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +224,7 @@ class TileReader:
             seen: without ranges, int32 [1]: tokens of a sequence, the queries' own included.
             after: without ranges, how many of the newest are queries of other launches.
             workers: blocks of threads to share the work among, about.
-            shape: settings of ``Shape`` to use instead of its defaults.
+            shape: settings of ``Shape``; without a ring, warps and ring are chosen to fit.
         """
         batch, query_heads, queries, dim = q.shape
         heads = len(self.sides[0].tilings)
@@ -215,8 +235,10 @@ class TileReader:
         kept = _no_exact(q, heads) if exact is None else exact
         first, last = kept.first_keys.shape[2], kept.last_keys.shape[2]
         blocks = [side.blocks for side in self.sides]
-        made = Shape(dim, blocks[0], blocks[1], row_tiles, NUMBERS[q.dtype], **(shape or {}))
         sizes = tuple(k.nbytes + v.nbytes for k, v in zip(*(s.tilings for s in self.sides), strict=True))
+        made = Shape(dim, blocks[0], blocks[1], row_tiles, NUMBERS[q.dtype], **(shape or {}))
+        if not made.ring:
+            made = made.fitting(max(sizes))
         tiles = max(1, -(-tokens // TOKENS) - skip // TOKENS)
         items = _items(sizes, tiles, max(1, workers // batch), first + last > 0, q.device)
         room = (batch, len(items), _ROWS * row_tiles)
