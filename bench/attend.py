@@ -88,7 +88,7 @@ def error(case: Case, bits: float, options: dict[str, Any]) -> float:
     reader = TileReader.of(keys, values, scaling)
     outs: list[Tensor] = []
     for _ in range(2):
-        call = reader.call(q, small.context, ranges, scaling=scaling, **options)
+        call = reader.call(q, small.context, ranges, **options)
         call.out.fill_(float("nan"))
         outs.append(attend_tiles(call).clone())
     if not torch.equal(*outs):
@@ -175,7 +175,7 @@ def measure(case: Case, bits: float, copy: float, options: dict[str, Any]) -> di
     q = torch.randn(case.batch, case.heads * case.group, 1, case.dim, device="cuda", dtype=torch.bfloat16)
     ranges = token_ranges(case.batch, 1, 0, case.context, 0).cuda()
     readers = [TileReader.of(keys, values, scaling) for keys, values in held]
-    calls = [reader.call(q, case.context, ranges, scaling=scaling, **options) for reader in readers]
+    calls = [reader.call(q, case.context, ranges, **options) for reader in readers]
     ms = cold(lambda i: attend_tiles(calls[i % sets]))
     graph = replayed(lambda i: attend_tiles(calls[i % sets]), sets * max(1, 24 // sets))
     rate = nbytes / ms * 1e-9

@@ -46,19 +46,25 @@ def packed_width(widths: Sequence[int]) -> int:
     return -(-sum(widths) // 8)
 
 
+def cut(width: int) -> tuple[tuple[int, int], ...]:
+    """(size, low) of the pieces of a code, top first."""
+    if width == 8:
+        return ((4, 4), (4, 0))
+    return tuple((size, width & (size - 1)) for size in (4, 2, 1) if width & size)
+
+
 @lru_cache(maxsize=4096)
 def pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:
     """All pieces of a row in storage order."""
-    stored = [w for w in widths if w > 0]
-    cuts = [
-        *((4, i, w - 4) for i, w in enumerate(stored) if w >= 4),
-        *((4, i, 0) for i, w in enumerate(stored) if w == 8),
-        *((2, i, w & 1) for i, w in enumerate(stored) if w & 2 and w < 8),
-        *((1, i, 0) for i, w in enumerate(stored) if w & 1),
+    of_code = [cut(w) for w in widths if w > 0]
+    # top nibbles, the low nibbles of 8-bit codes, pairs, single bits; each in the order of codes
+    every = [
+        (size, owner, low, nth) for owner, own in enumerate(of_code) for nth, (size, low) in enumerate(own)
     ]
+    every.sort(key=lambda piece: (-piece[0], piece[3] if piece[0] == 4 else 0))
     pieces: list[Piece] = []
     at = 0
-    for size, owner, low in cuts:
+    for size, owner, low, _ in every:
         pieces.append(Piece(size, at, owner, low))
         at += size
     return tuple(pieces)

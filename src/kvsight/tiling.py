@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvsight.packing import cut
+
 CHUNK = 16
 TOKENS = 64
 # a chunk is at most two blocks
@@ -57,7 +59,7 @@ class Tiling:
             pieces = [
                 (chunk, low)
                 for chunk, width in enumerate(self.widths)
-                for piece, low in _pieces(width)
+                for piece, low in cut(width)
                 if piece == size
             ]
             share = 4 // size
@@ -112,13 +114,6 @@ class Tiling:
 def lane_bytes(group: tuple[Block, ...]) -> int:
     """Bytes that each of 32 lanes reads of blocks that lie together."""
     return 16 if group[0].slot is not None else 4 * group[0].size
-
-
-def _pieces(width: int) -> list[tuple[int, int]]:
-    """(size, low) of the pieces of a code, top first."""
-    if width == 8:
-        return [(4, 4), (4, 0)]
-    return [(size, width & (size - 1)) for size in (4, 2, 1) if width & size]
 
 
 def _lanes(codes: Tensor, block: Block, rows: Rows) -> Tensor:

@@ -71,7 +71,7 @@ def run(emulated, call):
 
 def prepared(q, keys, values, ranges, *, scaling, **options):
     reader = TileReader.of(keys, values, scaling)
-    return reader.call(q, keys.tokens, ranges, skip=keys.skip, scaling=scaling, **options)
+    return reader.call(q, keys.tokens, ranges, skip=keys.skip, **options)
 
 
 SMALL = {"warps": 2, "ring": 32 * 1024}

@@ -1,12 +1,13 @@
 """Keys and values of one layer in tiles while a model decodes: storage that grows, written in place.
 
 Tokens were coded in rows before (``cache.side``), and rows are what every other operation of a cache
-wants: ``Tiles.of`` takes rows over, ``Tiles.states`` gives them back, codes unchanged.
+wants: ``Tiles`` takes rows over, ``Tiles.states`` gives them back, codes unchanged.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,38 +100,19 @@ class Tiles:
         if self.first:
             (key, value), none = self.bare, q.new_empty(q.shape[0], heads, 0, q.shape[3])
             exact = Exact(key.sinks, value.sinks, none, none)
+        options: dict[str, Any] = {"exact": exact, "softcap": softcap, "sink_logits": sink_logits}
         parts: list[Tensor] = []
         for start in range(0, queries, step):
             block = q[:, :, start : start + step].contiguous()
             own = None if ranges is None else ranges[:, start : start + step]
             if q.is_cuda:
+                after = max(0, queries - start - step)
                 reader = self._read(scaling)
-                call = reader.call(
-                    block,
-                    self.tokens,
-                    own,
-                    scaling=scaling,
-                    seen=self.seen,
-                    after=max(0, queries - start - step),
-                    exact=exact,
-                    softcap=softcap,
-                    sink_logits=sink_logits,
-                )
+                call = reader.call(block, self.tokens, own, seen=self.seen, after=after, **options)
                 parts.append(attend_tiles(call))
             else:
                 assert own is not None
-                sides = self._tokens()
-                parts.append(
-                    attend_tiles_ref(
-                        block,
-                        *sides,
-                        own,
-                        scaling=scaling,
-                        exact=exact,
-                        softcap=softcap,
-                        sink_logits=sink_logits,
-                    )
-                )
+                parts.append(attend_tiles_ref(block, *self._tokens(), own, scaling=scaling, **options))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def states(self) -> tuple[SideState, SideState]:
@@ -157,8 +139,7 @@ class Tiles:
         return self._reader[scaling]
 
     def _grow(self, new: int) -> None:
-        wanted = -(-(self.tokens + new) // TOKENS)
-        room = wanted + max(1, wanted // _GROWTH)
+        room = _room(self.tokens + new)
         grown = [tuple(_larger(t, room) for t in side) for side in self.tiles]
         self.tiles = grown[0], grown[1]
         # addresses changed
@@ -211,8 +192,7 @@ def _tiled(state: SideState, tilings: Sequence[Tiling]) -> tuple[Tensor, ...]:
     """Rows to tiles of each head [B, n, nbytes], with room behind."""
     where = _heads_of(state.placements)
     tokens = state.coded[0].tokens
-    used = -(-tokens // TOKENS)
-    room = used + max(1, used // _GROWTH)
+    room = _room(tokens)
     out: list[Tensor] = []
     for head, tiling in enumerate(tilings):
         part, at = where[head]
@@ -239,6 +219,12 @@ def _rows(placement: Placement, tiles: Sequence[Tensor], tilings: Sequence[Tilin
         for head in placement.heads
     ]
     return Packed(form, (torch.stack(rows, dim=1),))
+
+
+def _room(tokens: int) -> int:
+    """Tiles to allocate for so many tokens, and some for those to come."""
+    used = -(-tokens // TOKENS)
+    return used + max(1, used // _GROWTH)
 
 
 def _larger(tiles: Tensor, room: int) -> Tensor:

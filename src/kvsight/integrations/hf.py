@@ -212,20 +212,12 @@ class PackedSlidingLayer(PackedLayer):
     """Sliding window of the model: blocks that left it are freed."""
 
     is_sliding = True
+    record_past = False
 
-    def __init__(
-        self,
-        plan: Plan,
-        layer: LayerPlan,
-        reads: Reads,
-        raw_prefill: bool,
-        monitor: Monitor | None = None,
-        tiled: bool = False,
-    ) -> None:
-        super().__init__(plan, layer, reads, raw_prefill, monitor, tiled)
-        assert layer.window is not None
-        self.sliding_window = layer.window
-        self.record_past = False
+    @property
+    def sliding_window(self) -> int:
+        assert self.layer.window is not None
+        return self.layer.window
 
     def activate_past_recording(self) -> None:
         """Keep everything until the next ``crop`` (assisted decoding may roll back)."""

@@ -4,7 +4,7 @@ import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,13 @@ class TileReader:
     fold: Tensor
     fold_shift: Tensor
     tiles: tuple[Tensor, ...]
+    scaling: float
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of a K and a V tile of each head."""
+        keys, values = (side.tilings for side in self.sides)
+        return tuple(k.nbytes + v.nbytes for k, v in zip(keys, values, strict=True))
 
     @classmethod
     def of(cls, keys: TiledTokens, values: TiledTokens, scaling: float) -> "TileReader":
@@ -197,6 +204,7 @@ class TileReader:
             folded.matrix * log2,
             folded.shift * log2,
             (*keys.tiles, *values.tiles),
+            scaling,
         )
 
     def call(  # noqa: PLR0913
@@ -205,7 +213,6 @@ class TileReader:
         tokens: int,
         ranges: Tensor | None,
         *,
-        scaling: float,
         seen: Tensor | None = None,
         after: int = 0,
         skip: int = 0,
@@ -235,12 +242,11 @@ class TileReader:
         kept = _no_exact(q, heads) if exact is None else exact
         first, last = kept.first_keys.shape[2], kept.last_keys.shape[2]
         blocks = [side.blocks for side in self.sides]
-        sizes = tuple(k.nbytes + v.nbytes for k, v in zip(*(s.tilings for s in self.sides), strict=True))
         made = Shape(dim, blocks[0], blocks[1], row_tiles, NUMBERS[q.dtype], **(shape or {}))
         if not made.ring:
-            made = made.fitting(max(sizes))
+            made = made.fitting(max(self.sizes))
         tiles = max(1, -(-tokens // TOKENS) - skip // TOKENS)
-        items = _items(sizes, tiles, max(1, workers // batch), first + last > 0, q.device)
+        items = _items(self.sizes, tiles, max(1, workers // batch), first + last > 0, q.device)
         room = (batch, len(items), _ROWS * row_tiles)
         tensors = {
             "query": q,
@@ -263,7 +269,7 @@ class TileReader:
             "done": _counters(batch * heads, q.device),
         }
         numbers = {
-            "scaling": scaling,
+            "scaling": self.scaling,
             "softcap": 0.0 if softcap is None else softcap,
             "head_count": heads,
             "item_count": len(items),
