@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", type=setting, nargs="*", default=[], help="of the kernel, such as warps=8"
     )
-    parser.add_argument("--workers", type=int, default=132)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--skip-baselines", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():

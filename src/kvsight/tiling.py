@@ -70,6 +70,12 @@ class Tiling:
             ]
         return tuple(out)
 
+    @cached_property
+    def counts(self) -> tuple[int, int, int]:
+        """Blocks of 4, 2 and 1 bits."""
+        sizes = [block.size for block in self.blocks]
+        return sizes.count(4), sizes.count(2), sizes.count(1)
+
     @property
     def nbytes(self) -> int:
         """Bytes of 64 tokens."""

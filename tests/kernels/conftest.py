@@ -6,20 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from kvsight.ops.nvrtc import joined
+
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    """A kernel compiled for the host: emulated(harness, source, macros) gives launch(...)."""
+    """A kernel compiled for the host: emulated(harness, sources, macros) gives launch(...)."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     directory = tmp_path_factory.mktemp("kernels")
 
     @cache
-    def build(harness, source, macros):
-        out = directory / f"{harness}{abs(hash(macros))}.so"
+    def build(harness, sources, macros):
+        out = directory / f"{harness}{abs(hash((sources, macros)))}.so"
+        source = out.with_suffix(".cu")
+        source.write_text(joined(sources))
         options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f'-DKERNEL="{source}"']
         defined = [f"-D{name}={value}" for name, value in macros]
         subprocess.run([compiler, *options, *defined, "-o", out, HERE / harness], check=True)

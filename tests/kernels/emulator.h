@@ -11,8 +11,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
+#include <map>
 #include <ucontext.h>
 #include <vector>
 
@@ -27,6 +27,9 @@ struct uint2 {
 };
 struct uint4 {
     uint32_t x, y, z, w;
+};
+struct int4 {
+    int x, y, z, w;
 };
 struct float2 {
     float x, y;
@@ -47,8 +50,12 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     bool done;
-    std::deque<std::vector<Copy>> groups;
-    std::vector<Copy> open;
+};
+struct Barrier {
+    std::vector<Copy> copies;
+    bool armed = false;
+    int expected = 0;
+    uint32_t completed = 0;
 };
 struct Meeting {
     int arrived = 0;
@@ -62,6 +69,7 @@ inline ucontext_t scheduler;
 inline int current, living;
 inline Index block;
 inline Meeting all;
+inline std::map<uint64_t *, Barrier> barriers;
 inline std::vector<Meeting> warps;
 // what every lane of a warp brings to a meeting, and takes from it
 inline uint32_t brought[32][32][12], taken[32][32][4];
@@ -95,6 +103,7 @@ inline void run(int threads, Index grid, unsigned char *memory, size_t bytes, st
                 fibers = std::vector<Fiber>(threads);
                 warps.assign(threads / 32, {});
                 all = {};
+                barriers.clear();
                 for (auto &f : fibers) {
                     f.stack.resize(1 << 17);
                     f.done = false;
@@ -143,6 +152,9 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t out = 0;
     for (int i = 0; i < 4; i++) out |= (uint32_t)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
     return out;
+}
+inline void __syncwarp() {
+    emulator::meet_warp([] {});
 }
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
     using namespace emulator;
@@ -213,25 +225,39 @@ inline void mma_signed(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 inline void mma_unsigned(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     mma_8bit(c, a0, a1, a2, a3, b0, b1, false);
 }
-template <int BYTES> void copy_async(void *to, const void *from) {
-    if ((uintptr_t)to % BYTES || (uintptr_t)from % BYTES) {
-        fprintf(stderr, "a copy of %d bytes is not aligned\n", BYTES);
+inline void barrier_init(uint64_t *at) { emulator::barriers[at] = {}; }
+inline void barrier_init_done() {}
+inline void barrier_expect(uint64_t *at, int bytes) {
+    auto &b = emulator::barriers.at(at);
+    if (b.armed) {
+        fprintf(stderr, "a barrier is armed twice\n");
         abort();
     }
-    emulator::fibers[emulator::current].open.push_back({to, from, BYTES});
+    b.armed = true, b.expected = bytes;
 }
-inline void commit() {
-    auto &f = emulator::fibers[emulator::current];
-    f.groups.push_back(std::move(f.open));
-    f.open.clear();
-}
-template <int LEFT> void wait_all_but() {
-    auto &groups = emulator::fibers[emulator::current].groups;
-    while ((int)groups.size() > LEFT) {
-        for (auto &c : groups.front()) memcpy(c.to, c.from, c.bytes);
-        groups.pop_front();
+inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *at) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes <= 0) {
+        fprintf(stderr, "a bulk copy of %d bytes is not aligned\n", bytes);
+        abort();
     }
+    emulator::barriers.at(at).copies.push_back({to, from, bytes});
 }
+// The first lane that waits makes the copies.
+inline void barrier_wait(uint64_t *at, uint32_t parity) {
+    auto &b = emulator::barriers.at(at);
+    while ((b.completed & 1) == parity && !b.armed) emulator::yield();
+    if ((b.completed & 1) != parity) return;
+    for (auto &c : b.copies) memcpy(c.to, c.from, c.bytes), b.expected -= c.bytes;
+    if (b.expected) {
+        fprintf(stderr, "copies miss what their barrier expects by %d bytes\n", b.expected);
+        abort();
+    }
+    b = {{}, false, 0, b.completed + 1};
+}
+inline void fence_copies() {}
+inline void let_next_start() {}
+inline void wait_for_fold() {}
+inline void prefetch(const void *) {}
 inline float exp2_fast(float x) { return exp2f(x); }
 #if NUMBER == 0
 inline float from_bits(uint16_t bits) { return bits_to_float((uint32_t)bits << 16); }

@@ -5,7 +5,16 @@ import torch
 
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, Row
-from kvsight.ops.attend.cuda import SOURCE, Arguments, Exact, Shape, TiledTokens, TileReader, token_ranges
+from kvsight.ops.attend.cuda import (
+    FOLD_SOURCES,
+    SOURCES,
+    Arguments,
+    Exact,
+    Shape,
+    TiledTokens,
+    TileReader,
+    token_ranges,
+)
 from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
 from kvsight.ops.attend.tiles import fold
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
@@ -64,8 +73,11 @@ def tiled(parts, rows, tokens, skip=0):
 def run(emulated, call):
     shape = call.shape
     call.out.fill_(float("nan"))
-    launch = emulated("attend_tiles.cpp", SOURCE, tuple(shape.macros().items()))
-    launch(call.grid, Arguments(**call.values), shape.shared_bytes)
+    arguments = Arguments(**call.values)
+    fold = emulated("attend_tiles.cpp", FOLD_SOURCES, (*shape.macros(), ("FOLD", 1)))
+    fold((call.values["head_count"], call.batch, 1), arguments, shape.fold_bytes)
+    launch = emulated("attend_tiles.cpp", SOURCES, shape.macros())
+    launch(call.grid, arguments, shape.shared_bytes)
     return call.out
 
 

@@ -5,7 +5,7 @@ import torch
 
 from kvsight.codec import Codec
 from kvsight.ops.encode.tiles import (
-    SOURCE,
+    SOURCES,
     Encoder,
     TileWriter,
     fold_encoder,
@@ -70,7 +70,7 @@ def test_new_tokens_join_their_tiles(emulated, start, count, first, dtype):
     twins = [tile.clone() for tile in tiles]
     encoders = sides[0][1], sides[1][1]
     write_tiles_ref(encoders, (twins[:heads], twins[heads:]), *new, start)
-    launch = emulated("encode_tiles.cpp", SOURCE, writer.macros(dtype))
+    launch = emulated("encode_tiles.cpp", SOURCES, writer.macros(dtype))
     launch(writer.grid(batch), writer.arguments(*new, seen, first), shared_bytes(DIM))
     for i, (codes, packed) in enumerate(zip(before, tiles, strict=True)):
         (codecs, folded), tokens = sides[i // heads], new[i // heads]

@@ -1,6 +1,7 @@
 """CUDA C++ compiled at run time by NVRTC through torch, and launched with one structure as its argument."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,30 @@ from kvsight.errors import KVSightError
 NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
+NUMBERS_SOURCE = Path(__file__).with_name("numbers.cuh")
+# CUlaunchAttributeID: the launch may start before the one ahead of it has ended
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: the identifier, padded, and 64 bytes for any value."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel on one device, and the dynamic shared memory [bytes] that its blocks get."""
@@ -21,26 +46,50 @@ class Kernel:
     function: Any
     shared_bytes: int
 
-    def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
-        """Queue it on torch's current stream."""
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: ctypes.Structure,
+        *,
+        overlapping: bool = False,
+    ) -> None:
+        """Queue it on torch's current stream.
+
+        With ``overlapping`` it may start as soon as the kernel ahead of it allows that, and waits for that
+        kernel's results itself.
+        """
         driver = torch.cuda._utils._get_gpu_runtime_library()
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = torch.cuda.current_stream()._as_parameter_
-        block = (threads, 1, 1)
-        code = driver.cuLaunchKernel(
-            self.function, *grid, *block, self.shared_bytes, stream, parameters, None
+        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        config = _Launch(
+            grid=(ctypes.c_uint * 3)(*grid),
+            block=(ctypes.c_uint * 3)(threads, 1, 1),
+            shared_bytes=self.shared_bytes,
+            stream=torch.cuda.current_stream().cuda_stream,
+            attributes=ctypes.pointer(attribute),
+            attribute_count=int(overlapping),
         )
+        code = driver.cuLaunchKernelEx(ctypes.byref(config), self.function, parameters, None)
         torch.cuda._utils._check_cuda(code)
 
 
+def joined(sources: Sequence[Path]) -> str:
+    """The text of source files, one behind another."""
+    return "\n".join(source.read_text(encoding="utf-8") for source in sources)
+
+
 @lru_cache(maxsize=256)
-def compiled(source: Path, name: str, macros: tuple[tuple[str, int], ...], shared_bytes: int) -> Kernel:
-    """The kernel ``name`` of a source file for the current device; compiled once for each set of macros."""
+def compiled(
+    sources: tuple[Path, ...], name: str, macros: tuple[tuple[str, int], ...], shared_bytes: int
+) -> Kernel:
+    """The kernel ``name`` of joined sources for the current device; compiled once per set of macros."""
     if not hasattr(torch.cuda, "_compile_kernel"):
         raise KVSightError(
             f"kernels are compiled by torch 2.9 or newer; this is torch {torch.__version__}."
         )
     options = [f"-D{macro}={value}" for macro, value in macros]
-    kernel = torch.cuda._compile_kernel(source.read_text(encoding="utf-8"), name, nvcc_options=options)
+    kernel = torch.cuda._compile_kernel(joined(sources), name, nvcc_options=options)
     kernel.set_shared_memory_config(shared_bytes)
     return Kernel(kernel.func, shared_bytes)

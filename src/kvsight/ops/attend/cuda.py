@@ -1,9 +1,9 @@
-"""Decode attention on tiles on NVIDIA GPUs: one launch of ``tiles.cu``, compiled at run time."""
+"""Decode attention on tiles on NVIDIA GPUs: ``fold.cu``, then ``tiles.cu``, compiled at run time."""
 
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,25 @@ import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.ops.attend.tiles import FoldedTiles
-from kvsight.ops.nvrtc import NUMBERS, compiled
+from kvsight.ops.attend.schedule import Item, schedule
+from kvsight.ops.attend.tiles import FoldedTiles, most_products, most_sums
+from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, compiled
 from kvsight.tiling import CHUNK, TOKENS
 
-SOURCE = Path(__file__).with_name("tiles.cu")
+_SHARED_SOURCES = (NUMBERS_SOURCE, Path(__file__).with_name("tiles.cuh"))
+FOLD_SOURCES = (*_SHARED_SOURCES, Path(__file__).with_name("fold.cu"))
+SOURCES = (*_SHARED_SOURCES, Path(__file__).with_name("tiles.cu"))
 _ROWS = 4
-# shared memory that the blocks of a multiprocessor may use, and as much of it as a warp can put to use
-_SHARED = 227 * 1024
-_RING = 24 * 1024
+_FOLD_WARPS = 16
+# what a multiprocessor has of shared memory, and what every block takes of it unasked
+_SHARED, _RESERVED = 228 * 1024, 1024
+# as much of it as a warp can put to use, and its barriers; words of an item
+_RING, _BARRIERS, _ITEM = 24 * 1024, 128, 24
+# with more sums two blocks of threads no longer find registers
+_LIGHT = 17
+_MOST_SPLITS = 512
+# bytes that could be read while a block, a tile apart from its blocks, or the begin of an item is worked on
+_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 80_000
 _MOST_ROW_TILES = 4
 MOST_ROWS = _ROWS * _MOST_ROW_TILES
 
@@ -31,6 +41,7 @@ _POINTERS = (
     "fold_shift",
     "unfold",
     "unfold_shift",
+    "folded",
     "items",
     "ranges",
     "seen",
@@ -61,52 +72,74 @@ class Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a compiled kernel is made for."""
+    """What a compiled kernel is made for. Without ``ring``, ``fitting`` finds warps, ring and blocks."""
 
     head_dim: int
     key_blocks: int
+    key_products: int
     value_blocks: int
+    sums42: int
+    sums1: int
     row_tiles: int
     number: int
     warps: int = 8
     ring: int = 0
     blocks: int = 1
 
-    def macros(self) -> dict[str, int]:
-        return {
-            "HEAD_DIM": self.head_dim,
-            "KEY_BLOCKS": self.key_blocks,
-            "VALUE_BLOCKS": self.value_blocks,
-            "ROW_TILES": self.row_tiles,
-            "NUMBER": self.number,
-            "WARPS": self.warps,
-            "RING": self.ring,
-            "BLOCKS": self.blocks,
-        }
+    def macros(self) -> tuple[tuple[str, int], ...]:
+        return (
+            ("HEAD_DIM", self.head_dim),
+            ("KEY_BLOCKS", self.key_blocks),
+            ("KEY_PRODUCTS", self.key_products),
+            ("VALUE_BLOCKS", self.value_blocks),
+            ("SUMS42", self.sums42),
+            ("SUMS1", self.sums1),
+            ("ROW_TILES", self.row_tiles),
+            ("NUMBER", self.number),
+            ("WARPS", self.warps),
+            ("RING", self.ring),
+            ("BLOCKS", self.blocks),
+        )
+
+    @property
+    def rows(self) -> int:
+        return _ROWS * self.row_tiles
+
+    @property
+    def folded(self) -> int:
+        """Words of a folded query: second operands, then factor and offset of each row's scores."""
+        return self.key_products * self.row_tiles * 64 + 2 * self.rows
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block: rings and the folded query, or the merges that reuse them."""
-        rows, keys = _ROWS * self.row_tiles, CHUNK * self.key_blocks
-        fragments = (self.key_blocks + 1) * self.row_tiles * 256
-        work = 4 * max(rows * (self.head_dim + keys), 2 * self.warps * rows)
-        stream = self.warps * self.ring + 8 * rows + fragments + work
-        exact = 4 * rows * (self.head_dim * (self.warps + 1) + 2 * self.warps)
-        return max(stream, exact)
+        """Dynamic shared memory of a block."""
+        return self.warps * (self.ring + _BARRIERS + 8 * self.rows) + 8 * self.folded + 3 * 4 * _ITEM + 16
+
+    @property
+    def fold_bytes(self) -> int:
+        """Dynamic shared memory of a block that folds queries."""
+        keys = CHUNK * self.key_blocks
+        return 4 * (self.rows * (self.head_dim + keys + 1) + _FOLD_WARPS * 512)
 
     @property
     def least_ring(self) -> int:
-        """What a warp's sums take of its ring when warps are merged."""
-        return 4 * _ROWS * self.row_tiles * CHUNK * self.value_blocks
+        """What merges, which use the rings too, take of each."""
+        rows, values = self.rows, CHUNK * self.value_blocks
+        warps = self.warps * rows * values
+        exact = rows * (self.head_dim * (self.warps + 1) + 2 * self.warps)
+        splits = rows * (values + 1 + _MOST_SPLITS) + 512 * self.warps
+        return 4 * max(warps, exact, splits) // self.warps
 
     def fitting(self, tile_bytes: int) -> "Shape":
         """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
-        wanted = max(tile_bytes, self.least_ring)
-        for warps in (8, 4, 2, 1):
-            bare = replace(self, warps=warps, ring=0)
-            ring = (_SHARED // self.blocks - bare.shared_bytes) // warps // 128 * 128
+        light = self.row_tiles == 1 and self.sums42 + self.sums1 <= _LIGHT
+        for blocks, warps in ((2, 8), (1, 8), (1, 4), (1, 2), (1, 1))[not light :]:
+            bare = replace(self, warps=warps, ring=0, blocks=blocks)
+            room = _SHARED // blocks - _RESERVED
+            ring = (room - bare.shared_bytes) // warps // 128 * 128
+            wanted = max(tile_bytes, bare.least_ring)
             if ring >= wanted:
-                return replace(bare, ring=min(ring, max(wanted, _RING)))
+                return replace(bare, ring=min(ring, max(-(-wanted // 128) * 128, _RING)))
         raise KVSightError(
             f"tiles of {tile_bytes} bytes do not fit the shared memory of a multiprocessor; "
             "fit the plan with fewer bits."
@@ -138,9 +171,10 @@ class Exact:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One launch: ``tensors`` are kept alive until it is queued."""
+    """Two launches: ``tensors`` are kept alive until they are queued."""
 
     shape: Shape
+    batch: int
     grid: tuple[int, int, int]
     values: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
@@ -186,12 +220,22 @@ class TileReader:
     fold_shift: Tensor
     tiles: tuple[Tensor, ...]
     scaling: float
+    made: dict[tuple[int, int, int, bool], tuple[Tensor, int]] = field(default_factory=dict)
 
     @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """Bytes of a K and a V tile of each head."""
+    def largest(self) -> int:
+        """Bytes of the largest K and V tile of a head together."""
         keys, values = (side.tilings for side in self.sides)
-        return tuple(k.nbytes + v.nbytes for k, v in zip(keys, values, strict=True))
+        return max(k.nbytes + v.nbytes for k, v in zip(keys, values, strict=True))
+
+    @cached_property
+    def costs(self) -> tuple[int, ...]:
+        """What a K and a V tile of each head cost: bytes to read, and blocks to multiply in their units."""
+        keys, values = (side.tilings for side in self.sides)
+        return tuple(
+            k.nbytes + v.nbytes + _BLOCK_COST * (len(k.blocks) + len(v.blocks)) + _TILE_COST
+            for k, v in zip(keys, values, strict=True)
+        )
 
     @classmethod
     def of(cls, keys: TiledTokens, values: TiledTokens, scaling: float) -> "TileReader":
@@ -219,7 +263,7 @@ class TileReader:
         exact: Exact | None = None,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
-        workers: int = 132,
+        workers: int = 0,
         shape: Mapping[str, int] | None = None,
     ) -> Call:
         """Prepare a launch.
@@ -230,8 +274,8 @@ class TileReader:
             ranges: as from ``token_ranges``, on q's device; None for all tokens up to a query's own.
             seen: without ranges, int32 [1]: tokens of a sequence, the queries' own included.
             after: without ranges, how many of the newest are queries of other launches.
-            workers: blocks of threads to share the work among, about.
-            shape: settings of ``Shape``; without a ring, warps and ring are chosen to fit.
+            workers: blocks of threads to share the work among; 0 for as many as the device runs at once.
+            shape: settings of ``Shape``; without a ring, warps, ring and blocks are chosen to fit.
         """
         batch, query_heads, queries, dim = q.shape
         heads = len(self.sides[0].tilings)
@@ -241,13 +285,11 @@ class TileReader:
             raise KVSightError(f"a launch takes {MOST_ROWS} query rows a KV head; got {rows}.")
         kept = _no_exact(q, heads) if exact is None else exact
         first, last = kept.first_keys.shape[2], kept.last_keys.shape[2]
-        blocks = [side.blocks for side in self.sides]
-        made = Shape(dim, blocks[0], blocks[1], row_tiles, NUMBERS[q.dtype], **(shape or {}))
-        if not made.ring:
-            made = made.fitting(max(self.sizes))
+        made = self._shape(row_tiles, q.dtype, shape or {})
         tiles = max(1, -(-tokens // TOKENS) - skip // TOKENS)
-        items = _items(self.sizes, tiles, max(1, workers // batch), first + last > 0, q.device)
-        room = (batch, len(items), _ROWS * row_tiles)
+        workers = workers or made.blocks * _multiprocessors(q.device)
+        items, slots = self._items(batch, _coarse(tiles), min(workers, _MOST_SPLITS - 1), first + last > 0)
+        scratch = {"device": q.device, "dtype": torch.float32}
         tensors = {
             "query": q,
             "heads": self.heads,
@@ -255,6 +297,7 @@ class TileReader:
             "fold_shift": self.fold_shift,
             "unfold": self.sides[1].matrix,
             "unfold_shift": self.sides[1].shift,
+            "folded": torch.empty(batch, heads, made.folded, device=q.device, dtype=torch.int32),
             "items": items,
             "ranges": None if ranges is None else ranges.contiguous(),
             "seen": seen,
@@ -264,15 +307,15 @@ class TileReader:
             "last_values": kept.last_values.to(q.dtype).contiguous(),
             "sink_logits": None if sink_logits is None else sink_logits.float().contiguous(),
             "out": q.new_empty(batch, queries, query_heads, dim),
-            "partial": q.new_empty(*room, max(CHUNK * blocks[1], dim), dtype=torch.float32),
-            "masses": q.new_empty(*room, 2, dtype=torch.float32),
+            "partial": torch.empty(slots, made.rows, max(CHUNK * made.value_blocks, dim), **scratch),
+            "masses": torch.empty(slots, made.rows, 2, **scratch),
             "done": _counters(batch * heads, q.device),
         }
         numbers = {
             "scaling": self.scaling,
             "softcap": 0.0 if softcap is None else softcap,
             "head_count": heads,
-            "item_count": len(items),
+            "item_count": items.shape[1],
             "rows": rows,
             "queries": queries,
             "first": first,
@@ -283,7 +326,34 @@ class TileReader:
         alive = (*(t for t in tensors.values() if t is not None), *self.tiles)
         out = tensors["out"]
         assert out is not None
-        return Call(made, (len(items), batch, 1), {**pointers, **numbers}, alive, out)
+        return Call(made, batch, (len(items), 1, 1), {**pointers, **numbers}, alive, out)
+
+    def _items(self, batch: int, tiles: int, workers: int, exact: bool) -> tuple[Tensor, int]:
+        """The kernel's ``Item`` of every block, int32 [workers, most, 24], and the number of results."""
+        key = batch, tiles, workers, exact
+        if key not in self.made:
+            lists = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
+            most = max(map(len, lists))
+            none = Item(0, -1, 0, 0, 0, 0, 0)
+            rows = [[(*item, 0) for item in (*own, *[none] * (most - len(own)))] for own in lists]
+            items = torch.tensor(rows, dtype=torch.int32, device=self.heads.device)
+            heads = torch.nn.functional.pad(self.heads, (0, 1)).view(torch.int32)
+            self.made[key] = torch.cat([items, heads[items[..., 1].clamp_min(0)]], -1), sum(map(len, lists))
+        return self.made[key]
+
+    def _shape(self, row_tiles: int, dtype: torch.dtype, given: Mapping[str, int]) -> Shape:
+        keys, values = self.sides
+        shape = Shape(
+            keys.matrix.shape[1],
+            keys.blocks,
+            most_products(keys.tilings),
+            values.blocks,
+            *most_sums(values.tilings),
+            row_tiles,
+            NUMBERS[dtype],
+            **given,
+        )
+        return shape if shape.ring else shape.fitting(self.largest)
 
 
 def _no_exact(q: Tensor, heads: int) -> Exact:
@@ -308,16 +378,17 @@ def _counts(side: TiledTokens, head: int) -> list[int]:
     return [sizes.count(size) for size in (4, 2, 1)]
 
 
-@lru_cache(maxsize=4096)
-def _items(sizes: tuple[int, ...], tiles: int, workers: int, exact: bool, device: torch.device) -> Tensor:
-    """The kernel's ``Item`` of every block, int32 [n, 4]: splits in proportion to what each head reads."""
-    out: list[list[int]] = []
-    slot = 0
-    for head, size in enumerate(sizes):
-        coded = min(tiles, max(1, round(workers * size / max(1, sum(sizes)))))
-        out += [[head, split, coded, slot] for split in range(coded + exact)]
-        slot += coded + exact
-    return torch.tensor(out, dtype=torch.int32, device=device)
+def _coarse(tiles: int) -> int:
+    """``tiles`` to four binary digits, so that schedules can be kept while contexts grow."""
+    step = 1 << max(0, tiles.bit_length() - 4)
+    return tiles // step * step
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=64)
@@ -327,8 +398,11 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 
 def attend_tiles(call: Call) -> Tensor:
-    """Queue a prepared launch on the current stream; [B, Q, Hq, d]."""
+    """Queue a prepared call on the current stream; [B, Q, Hq, d]."""
     shape = call.shape
-    kernel = compiled(SOURCE, "attend_tiles", tuple(shape.macros().items()), shape.shared_bytes)
-    kernel.launch(call.grid, 32 * shape.warps, Arguments(**call.values))
+    macros, arguments = shape.macros(), Arguments(**call.values)
+    fold = compiled(FOLD_SOURCES, "fold_queries", macros, shape.fold_bytes)
+    fold.launch((call.values["head_count"], call.batch, 1), 32 * _FOLD_WARPS, arguments)
+    kernel = compiled(SOURCES, "attend_tiles", macros, shape.shared_bytes)
+    kernel.launch(call.grid, 32 * shape.warps, arguments, overlapping=True)
     return call.out

@@ -1,24 +1,12 @@
 // Decode attention on tiles: softmax(q kT) v for one KV head's query rows, straight on the codes.
 //
-// A block of threads reads one split of one sequence's KV head. Each warp streams tiles of 64 tokens through a
-// ring of its own in shared memory; a lane reads back only the bytes that it copied itself, so the loop has no
-// barrier. Codes are the first operand of 8-bit integer products as they lie (src/kvsight/tiling.py). Queries
-// and weights are 16-bit fixed point, split into two bytes: four rows fill the eight columns of a product.
-// All of a plan's scales are folded into the query before the loop and into the output after it.
-//
-// Compiled at run time with these macros:
-//   HEAD_DIM          d
-//   KEY_BLOCKS        most blocks of any head's keys;  VALUE_BLOCKS  of its values
-//   ROW_TILES         query rows of a KV head in fours
-//   WARPS, RING       warps of a block, and bytes of shared memory that each of them streams through
-//   BLOCKS            blocks of threads that should fit one multiprocessor
-//   NUMBER            0 bf16, 1 fp16, 2 fp32: type of queries, exact tokens and output
+// A block of threads works through its items (tiles.cuh), parts of heads of equal cost. Each warp streams tiles of
+// 64 tokens through a ring of its own in shared memory, keys and values apart, filled by bulk copies. Codes are the
+// first operand of 8-bit integer products as they lie (src/kvsight/tiling.py). Queries and weights are 16-bit
+// fixed point, split into two bytes: four rows fill the eight columns of a product. All of a plan's scales are
+// folded into the query before the loop (fold.cu) and into the output after it.
 
 #ifndef EMULATED
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-typedef unsigned long long uint64_t;
 #define INF __int_as_float(0x7f800000)
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -44,102 +32,45 @@ __device__ __forceinline__ uint32_t transpose8x8(uint32_t x) {
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
 }
-template <int BYTES> __device__ __forceinline__ void copy_async(void *to, const void *from) {
-    uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
-    if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from));
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES));
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void barrier_init(uint64_t *barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void wait_all_but() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+__device__ __forceinline__ void barrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ float from_bits(uint16_t bits) {
-#if NUMBER == 0
-    return __uint_as_float((uint32_t)bits << 16);
-#else
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
-    return y;
-#endif
+__device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
 }
-__device__ __forceinline__ uint16_t to_bits(float x) {
-    uint16_t y;
-#if NUMBER == 0
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-    return y;
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+            shared_address(barrier)),
+        "r"(parity)
+        : "memory");
 }
-#endif
-
-#if NUMBER == 2
-typedef float Number;
-__device__ __forceinline__ float number(float x) { return x; }
-__device__ __forceinline__ float rounded(float x) { return x; }
-#else
-typedef uint16_t Number;
-__device__ __forceinline__ float number(uint16_t x) { return from_bits(x); }
-__device__ __forceinline__ uint16_t rounded(float x) { return to_bits(x); }
+__device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+// what ordinary stores left in shared memory may be overwritten by bulk copies from here on
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_fold() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #endif
 
-constexpr int LANES = 32, TOKENS = 64, GROUPS = 4, THREADS = WARPS * LANES;
-constexpr int ROWS = 4 * ROW_TILES;
-constexpr int KEYS = KEY_BLOCKS * 16, VALUES = VALUE_BLOCKS * 16;
 constexpr int PER_LANE = (HEAD_DIM + LANES - 1) / LANES;
 constexpr int MOST_STAGES = 8;
-constexpr float NOTHING = -1e30f;
-// 16-bit fixed point of the query; with more than 256 columns an int32 sum would not hold it
-constexpr float QUERY_RANGE = KEYS > 256 ? 32500.f * 256 / KEYS : 32500.f;
 // weights are kept below 2^16; a new reference puts the greatest at 2^13
 constexpr float HEADROOM = 15.98f, TARGET = 13.f;
 
-// One KV head. Counts of blocks are of 4, 2 and 1 bits; tiles of a sequence lie one after another.
-struct Head {
-    const uint8_t *keys, *values;
-    long long key_batch, value_batch;  // bytes from one sequence to the next
-    int key4, key2, key1;
-    int value4, value2, value1;
-};
-// What one block of threads does: split `split` of `coded` of a head's coded tokens, or, where split == coded,
-// its exact ones. `slot` is where the head's first partial result lies.
-struct Item {
-    int head, split, coded, slot;
-};
-// Visible tokens of one query token: exact first ones, coded ones, exact last ones; each from, to. Later queries
-// see from and to no less.
-struct Range {
-    int first0, first1, coded0, coded1, last0, last1;
-};
-struct Arguments {
-    const Number *query;         // [B, heads, rows, HEAD_DIM]
-    const Head *heads;           // [heads]
-    const float *fold;           // [heads, HEAD_DIM, KEYS]: a query's factor of every column, in log2 units
-    const float *fold_shift;     // [heads, HEAD_DIM]: what codes of zero score
-    const float *unfold;         // [heads, VALUES, HEAD_DIM]
-    const float *unfold_shift;   // [heads, HEAD_DIM]: what codes of zero weigh
-    const Item *items;           // [items]
-    const Range *ranges;         // [B, queries], or null: all tokens up to a query's own are visible
-    const int *seen;             // [1] where there are no ranges: tokens of a sequence, the queries' own included
-    const Number *first_keys, *first_values;  // [B, heads, first, HEAD_DIM]
-    const Number *last_keys, *last_values;    // [B, heads, last, HEAD_DIM]
-    const float *sink_logits;    // [heads, rows / queries] or null
-    Number *out;                 // [B, queries, heads · rows / queries, HEAD_DIM]
-    float *partial;              // [B, items, ROWS, WIDTH]
-    float2 *masses;              // [B, items, ROWS]: reference, sum
-    unsigned *done;              // [B, heads], zero
-    float scaling, softcap;      // of natural scores; softcap 0 is none
-    int head_count, item_count, rows, queries, first, last;
-    int after;                   // newer query tokens than this launch has
-};
-constexpr int WIDTH = VALUES > HEAD_DIM ? VALUES : HEAD_DIM;
-constexpr float LOG2E = 1.4426950408889634f;
-
-__device__ __forceinline__ Range visible(const Arguments &a, int sequence, int query) {
+// `total` tokens of a sequence, where there are no ranges.
+__device__ __forceinline__ Range visible(const Arguments &a, int total, int sequence, int query) {
     if (a.ranges) return a.ranges[sequence * a.queries + query];
-    const int total = *a.seen, coded = total - a.first - a.last;
+    const int coded = total - a.first - a.last;
     const int upto = total - a.after - (a.queries - 1 - query);
     return {0, min(upto, a.first), 0, max(0, min(upto - a.first, coded)), 0, max(0, upto - a.first - coded)};
 }
@@ -147,115 +78,10 @@ __device__ __forceinline__ Range visible(const Arguments &a, int sequence, int q
 __device__ __forceinline__ int key_words(const Head &h) { return 4 * h.key4 + 2 * h.key2 + h.key1; }
 __device__ __forceinline__ int value_words(const Head &h) { return 4 * h.value4 + 2 * h.value2 + h.value1; }
 
-// Copy a tile of `words` words a lane; left-over blocks lie behind the whole 16-byte groups.
-__device__ __forceinline__ void copy_tile(uint8_t *to, const uint8_t *from, int n4, int n2, int n1, int lane) {
-    int groups = n4 + n2 / 2 + n1 / 4;
-    for (int i = 0; i < groups; i++) copy_async<16>(to + i * 512 + lane * 16, from + i * 512 + lane * 16);
-    to += groups * 512, from += groups * 512;
-    if (n2 & 1) {
-        copy_async<8>(to + lane * 8, from + lane * 8);
-        to += 256, from += 256;
-    }
-    for (int i = 0; i < (n1 & 3); i++) copy_async<4>(to + i * 128 + lane * 4, from + i * 128 + lane * 4);
-}
-
-__device__ __forceinline__ void wait_for_oldest(int stages) {
-    switch (stages) {
-        case 1: wait_all_but<0>(); break;
-        case 2: wait_all_but<1>(); break;
-        case 3: wait_all_but<2>(); break;
-        case 4: wait_all_but<3>(); break;
-        case 5: wait_all_but<4>(); break;
-        case 6: wait_all_but<5>(); break;
-        case 7: wait_all_but<6>(); break;
-        default: wait_all_but<7>();
-    }
-}
-
-// Which product and which of its halves a block of keys goes to.
-__device__ __forceinline__ int half_of(int block, const Head &h) {
-    if (block < h.key4) return block;
-    int at = (h.key4 + 1) / 2, i = block - h.key4;
-    if (i < h.key2) return i < (h.key2 & ~1) ? 2 * at + i : 2 * (at + h.key2 / 2);
-    at += (h.key2 + 1) / 2, i -= h.key2;
-    return i < (h.key1 & ~3) ? 2 * at + i : 2 * (at + (h.key1 & ~3) / 2 + (i & 3));
-}
-
-// Sixteen columns of x @ m for all rows, by one warp: x [ROWS, n] in shared memory, m [n, stride] from its first
-// column. Eight lanes share a column, so that many loads are under way; lane 4p + c ends with columns 4c to 4c + 3.
-__device__ __forceinline__ void multiply(float (*sum)[4], const float *x, int x_stride, const float *m, int n,
-                                         int stride, int lane) {
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) sum[r][e] = 0.f;
-#pragma unroll 8
-    for (int j = lane / 4; j < n; j += 8) {
-        const float4 f = *(const float4 *)(m + (long long)j * stride + lane % 4 * 4);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const float y = x[r * x_stride + j];
-            sum[r][0] = fmaf(y, f.x, sum[r][0]), sum[r][1] = fmaf(y, f.y, sum[r][1]);
-            sum[r][2] = fmaf(y, f.z, sum[r][2]), sum[r][3] = fmaf(y, f.w, sum[r][3]);
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-#pragma unroll
-            for (int step = 4; step < LANES; step *= 2) sum[r][e] += __shfl_xor_sync(~0u, sum[r][e], step);
-}
-
-// The query in the coordinates of the codes, as second operands in shared memory, and a scale for each row.
-__device__ void fold_query(const Arguments &a, const Head &h, int head, const Number *query, float *work,
-                           uint32_t *fragments, float *scale, float *offset) {
-    float *raw = work, *folded = work + ROWS * HEAD_DIM;
-    for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS)
-        raw[i] = i < a.rows * HEAD_DIM ? number(query[i]) : 0.f;
-    __syncthreads();
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const int blocks = h.key4 + h.key2 + h.key1, columns = 16 * blocks;
-    const float *fold = a.fold + (long long)head * HEAD_DIM * KEYS;
-    for (int b = warp; b < blocks; b += WARPS) {
-        float sum[ROWS][4];
-        multiply(sum, raw, HEAD_DIM, fold + 16 * b, HEAD_DIM, KEYS, lane);
-        if (lane < 4)
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) folded[r * KEYS + 16 * b + 4 * lane + e] = sum[r][e];
-    }
-    __syncthreads();
-    for (int r = warp; r < ROWS; r += WARPS) {
-        float most = 0.f, shift = 0.f;
-        for (int i = lane; i < columns; i += LANES) most = fmaxf(most, fabsf(folded[r * KEYS + i]));
-        for (int j = lane; j < HEAD_DIM; j += LANES)
-            shift = fmaf(raw[r * HEAD_DIM + j], a.fold_shift[head * HEAD_DIM + j], shift);
-#pragma unroll
-        for (int step = 16; step; step /= 2) {
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-            shift += __shfl_xor_sync(~0u, shift, step);
-        }
-        if (lane == 0) scale[r] = most / QUERY_RANGE, offset[r] = shift;
-    }
-    __syncthreads();
-    // a word holds four columns of one row's high or low bytes
-    for (int i = threadIdx.x; i < columns / 4 * ROWS * 2; i += THREADS) {
-        int part = i & 1, r = i / 2 % ROWS, quad = i / (2 * ROWS);
-        int block = quad / 4, t = quad % 4, half = half_of(block, h);
-        float inverse = scale[r] > 0.f ? 1.f / scale[r] : 0.f;
-        uint32_t word = 0;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int x = __float2int_rn(folded[r * KEYS + 4 * quad + e] * inverse);
-            int high = (x + 128) >> 8;
-            word |= (uint32_t)((part ? x - 256 * high : high) & 255) << 8 * e;
-        }
-        int lane_of = 4 * (2 * (r & 3) + part) + t;
-        fragments[(((half / 2) * ROW_TILES + r / 4) * LANES + lane_of) * 2 + (half & 1)] = word;
-    }
-    __syncthreads();
+// A slot of a ring: where it lies, and the barrier that its copies complete on.
+__device__ __forceinline__ void fill(void *slot, const uint8_t *from, int bytes, uint64_t *barrier) {
+    barrier_expect(barrier, bytes);
+    if (bytes) copy_bulk(slot, from, bytes, barrier);
 }
 
 struct Scores {
@@ -268,13 +94,15 @@ __device__ __forceinline__ void score(Scores &s, int group, uint32_t a0, uint32_
     for (int n = 0; n < ROW_TILES; n++) mma_signed(s.sum[n][group], a0, a1, a2, a3, b[n]);
 }
 
-__device__ __forceinline__ const uint2 *load(uint2 *b, const uint2 *fragments, int product, int lane) {
+__device__ __forceinline__ void load(uint2 *b, const uint2 *fragments, int product) {
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) b[n] = fragments[(product * ROW_TILES + n) * LANES + lane];
-    return b;
+    for (int n = 0; n < ROW_TILES; n++) b[n] = fragments[(product * ROW_TILES + n) * LANES];
 }
 
-// Scores of 64 tokens: rows g of a group of 16 once, rows g + 8 sixteen times.
+constexpr uint32_t NIBBLE = 0x0f0f0f0fu, PAIR = 0x03030303u, BIT = 0x01010101u;
+
+// Scores of 64 tokens: rows g of a group of 16 once, rows g + 8 sixteen times. Where a product's second operand has
+// zeros, its first one may hold anything. `tile` and `fragments` are those of the lane.
 __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const Head &h, const uint2 *fragments,
                                            int lane) {
 #pragma unroll
@@ -286,123 +114,160 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
     const uint4 *wide = (const uint4 *)tile + lane;
     uint2 b[ROW_TILES];
     int product = 0;
+#pragma unroll 2
     for (int i = 0; i < h.key4; i += 2, product++, wide += 64) {
-        load(b, fragments, product, lane);
-        uint4 x = wide[0];
-        uint4 y = i + 1 < h.key4 ? wide[32] : uint4{0, 0, 0, 0};
-        score(s, 0, x.x & 0x0f0f0f0fu, x.x & 0xf0f0f0f0u, y.x & 0x0f0f0f0fu, y.x & 0xf0f0f0f0u, b);
-        score(s, 1, x.y & 0x0f0f0f0fu, x.y & 0xf0f0f0f0u, y.y & 0x0f0f0f0fu, y.y & 0xf0f0f0f0u, b);
-        score(s, 2, x.z & 0x0f0f0f0fu, x.z & 0xf0f0f0f0u, y.z & 0x0f0f0f0fu, y.z & 0xf0f0f0f0u, b);
-        score(s, 3, x.w & 0x0f0f0f0fu, x.w & 0xf0f0f0f0u, y.w & 0x0f0f0f0fu, y.w & 0xf0f0f0f0u, b);
+        load(b, fragments, product);
+        const uint4 x = wide[0], y = wide[32];
+        // rows g + 8 get both nibbles: what the low one adds is in rows g, too
+        score(s, 0, x.x & NIBBLE, x.x, y.x & NIBBLE, y.x, b);
+        score(s, 1, x.y & NIBBLE, x.y, y.y & NIBBLE, y.y, b);
+        score(s, 2, x.z & NIBBLE, x.z, y.z & NIBBLE, y.z, b);
+        score(s, 3, x.w & NIBBLE, x.w, y.w & NIBBLE, y.w, b);
     }
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+        for (int j = 0; j < GROUPS; j++) {
+            s.sum[n][j][2] -= s.sum[n][j][0];
+            s.sum[n][j][3] -= s.sum[n][j][1];
+        }
     wide = (const uint4 *)tile + h.key4 * 32 + lane;
-    for (int i = 0; i < h.key2 / 2; i++, product++, wide += 32) {
-        load(b, fragments, product, lane);
-        uint4 x = *wide;
-        score(s, 0, x.x & 0x03030303u, x.x & 0x30303030u, x.x & 0x0c0c0c0cu, x.x & 0xc0c0c0c0u, b);
-        score(s, 1, x.y & 0x03030303u, x.y & 0x30303030u, x.y & 0x0c0c0c0cu, x.y & 0xc0c0c0c0u, b);
-        score(s, 2, x.z & 0x03030303u, x.z & 0x30303030u, x.z & 0x0c0c0c0cu, x.z & 0xc0c0c0c0u, b);
-        score(s, 3, x.w & 0x03030303u, x.w & 0x30303030u, x.w & 0x0c0c0c0cu, x.w & 0xc0c0c0c0u, b);
+#pragma unroll 2
+    for (int i = 1; i < h.key2; i += 2, product++, wide += 32) {
+        load(b, fragments, product);
+        const uint4 x = *wide;
+        score(s, 0, x.x & PAIR, x.x & PAIR << 4, x.x & PAIR << 2, x.x & PAIR << 6, b);
+        score(s, 1, x.y & PAIR, x.y & PAIR << 4, x.y & PAIR << 2, x.y & PAIR << 6, b);
+        score(s, 2, x.z & PAIR, x.z & PAIR << 4, x.z & PAIR << 2, x.z & PAIR << 6, b);
+        score(s, 3, x.w & PAIR, x.w & PAIR << 4, x.w & PAIR << 2, x.w & PAIR << 6, b);
     }
     const uint8_t *rest = tile + (h.key4 + h.key2 / 2 + h.key1 / 4) * 512;
     if (h.key2 & 1) {
-        load(b, fragments, product++, lane);
-        uint2 x = *((const uint2 *)rest + lane);
+        load(b, fragments, product++);
+        const uint2 x = *((const uint2 *)rest + lane);
         rest += 256;
-        score(s, 0, x.x & 0x03030303u, x.x & 0x30303030u, 0, 0, b);
-        score(s, 1, x.x >> 2 & 0x03030303u, x.x >> 2 & 0x30303030u, 0, 0, b);
-        score(s, 2, x.y & 0x03030303u, x.y & 0x30303030u, 0, 0, b);
-        score(s, 3, x.y >> 2 & 0x03030303u, x.y >> 2 & 0x30303030u, 0, 0, b);
+        score(s, 0, x.x & PAIR, x.x & PAIR << 4, x.x, x.x, b);
+        score(s, 1, x.x >> 2 & PAIR, x.x >> 2 & PAIR << 4, x.x, x.x, b);
+        score(s, 2, x.y & PAIR, x.y & PAIR << 4, x.x, x.x, b);
+        score(s, 3, x.y >> 2 & PAIR, x.y >> 2 & PAIR << 4, x.x, x.x, b);
     }
     for (int i = 0; i < h.key1 / 4; i++, wide += 32) {
-        uint4 x = *wide;
-        load(b, fragments, product++, lane);
-        score(s, 0, x.x & 0x01010101u, x.x & 0x10101010u, x.x & 0x02020202u, x.x & 0x20202020u, b);
-        score(s, 1, x.y & 0x01010101u, x.y & 0x10101010u, x.y & 0x02020202u, x.y & 0x20202020u, b);
-        score(s, 2, x.z & 0x01010101u, x.z & 0x10101010u, x.z & 0x02020202u, x.z & 0x20202020u, b);
-        score(s, 3, x.w & 0x01010101u, x.w & 0x10101010u, x.w & 0x02020202u, x.w & 0x20202020u, b);
-        load(b, fragments, product++, lane);
-        score(s, 0, x.x & 0x04040404u, x.x & 0x40404040u, x.x & 0x08080808u, x.x & 0x80808080u, b);
-        score(s, 1, x.y & 0x04040404u, x.y & 0x40404040u, x.y & 0x08080808u, x.y & 0x80808080u, b);
-        score(s, 2, x.z & 0x04040404u, x.z & 0x40404040u, x.z & 0x08080808u, x.z & 0x80808080u, b);
-        score(s, 3, x.w & 0x04040404u, x.w & 0x40404040u, x.w & 0x08080808u, x.w & 0x80808080u, b);
+        const uint4 x = *wide;
+        load(b, fragments, product++);
+        score(s, 0, x.x & BIT, x.x & BIT << 4, x.x & BIT << 1, x.x & BIT << 5, b);
+        score(s, 1, x.y & BIT, x.y & BIT << 4, x.y & BIT << 1, x.y & BIT << 5, b);
+        score(s, 2, x.z & BIT, x.z & BIT << 4, x.z & BIT << 1, x.z & BIT << 5, b);
+        score(s, 3, x.w & BIT, x.w & BIT << 4, x.w & BIT << 1, x.w & BIT << 5, b);
+        load(b, fragments, product++);
+        score(s, 0, x.x & BIT << 2, x.x & BIT << 6, x.x & BIT << 3, x.x & BIT << 7, b);
+        score(s, 1, x.y & BIT << 2, x.y & BIT << 6, x.y & BIT << 3, x.y & BIT << 7, b);
+        score(s, 2, x.z & BIT << 2, x.z & BIT << 6, x.z & BIT << 3, x.z & BIT << 7, b);
+        score(s, 3, x.w & BIT << 2, x.w & BIT << 6, x.w & BIT << 3, x.w & BIT << 7, b);
     }
-    for (int i = 0; i < (h.key1 & 3); i++) {
-        load(b, fragments, product++, lane);
-        uint32_t x = *((const uint32_t *)(rest + i * 128) + lane);
-        score(s, 0, x & 0x01010101u, x & 0x10101010u, 0, 0, b);
-        score(s, 1, x >> 1 & 0x01010101u, x >> 1 & 0x10101010u, 0, 0, b);
-        score(s, 2, x >> 2 & 0x01010101u, x >> 2 & 0x10101010u, 0, 0, b);
-        score(s, 3, x >> 3 & 0x01010101u, x >> 3 & 0x10101010u, 0, 0, b);
+#pragma unroll 1
+    for (int i = 0; i < (h.key1 & 3); i++, rest += 128) {
+        load(b, fragments, product++);
+        const uint32_t x = *((const uint32_t *)rest + lane);
+        score(s, 0, x & BIT, x & BIT << 4, x, x, b);
+        score(s, 1, x >> 1 & BIT, x >> 1 & BIT << 4, x, x, b);
+        score(s, 2, x >> 2 & BIT, x >> 2 & BIT << 4, x, x, b);
+        score(s, 3, x >> 3 & BIT, x >> 3 & BIT << 4, x, x, b);
     }
 }
 
+// Weighted sums of values by block. Blocks of 4 bits have the first sums and those of 2 bits the last ones, backwards;
+// blocks of 1 bit have their own. Of 4 bits, rows g + 8 count both nibbles.
 struct Sums {
-    int sum[ROW_TILES][VALUE_BLOCKS][4];
+    int of42[ROW_TILES][SUMS42][4], of1[ROW_TILES][SUMS1][4];
 };
+typedef uint32_t Weights[ROW_TILES][GROUPS];
 
-__device__ __forceinline__ void mix(Sums &o, int block, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                    const uint32_t (*p)[GROUPS], int pair) {
+template <int BLOCKS_>
+__device__ __forceinline__ void mix(int (*o)[BLOCKS_][4], int block, uint32_t a0, uint32_t a1, uint32_t a2,
+                                    uint32_t a3, const Weights &p, int pair) {
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++)
-        mma_unsigned(o.sum[n][block], a0, a1, a2, a3, p[n][2 * pair], p[n][2 * pair + 1]);
+        mma_unsigned(o[n][block], a0, a1, a2, a3, p[n][2 * pair], p[n][2 * pair + 1]);
 }
 
-// Blocks of 4 bits add to the first sums, of 2 bits to the last ones backwards, of 1 bit behind the first:
-// registers must be named at compile time.
-__device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Head &h, const uint32_t (*p)[GROUPS],
-                                         int lane) {
+// Registers are named at compile time, so all loops are unrolled. Sums of blocks that a head does not have are never
+// read.
+__device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Head &h, const Weights &p, int lane) {
     const uint4 *wide = (const uint4 *)tile + lane;
 #pragma unroll
-    for (int i = 0; i < VALUE_BLOCKS; i++)
-        if (i < h.value4) {
-            uint4 x = wide[i * 32];
-            mix(o, i, x.x & 0x0f0f0f0fu, x.x & 0xf0f0f0f0u, x.y & 0x0f0f0f0fu, x.y & 0xf0f0f0f0u, p, 0);
-            mix(o, i, x.z & 0x0f0f0f0fu, x.z & 0xf0f0f0f0u, x.w & 0x0f0f0f0fu, x.w & 0xf0f0f0f0u, p, 1);
-        }
+    for (int i = 0; i < SUMS42; i += 2) {
+        if (i >= h.value4) continue;
+        const uint4 x = wide[i * 32], y = wide[i * 32 + 32];
+        mix(o.of42, i, x.x & NIBBLE, x.x, x.y & NIBBLE, x.y, p, 0);
+        mix(o.of42, i + 1, y.x & NIBBLE, y.x, y.y & NIBBLE, y.y, p, 0);
+        mix(o.of42, i, x.z & NIBBLE, x.z, x.w & NIBBLE, x.w, p, 1);
+        mix(o.of42, i + 1, y.z & NIBBLE, y.z, y.w & NIBBLE, y.w, p, 1);
+    }
     wide += h.value4 * 32;
     const uint8_t *rest = tile + (h.value4 + h.value2 / 2 + h.value1 / 4) * 512;
 #pragma unroll
-    for (int i = 0; i < VALUE_BLOCKS; i += 2) {
-        const int last = VALUE_BLOCKS - 1 - i;
-        if (i + 1 < VALUE_BLOCKS && i + 1 < h.value2) {
-            const int before = last > 0 ? last - 1 : 0;
-            uint4 x = wide[i * 16];
-            mix(o, last, x.x & 0x03030303u, x.x & 0x30303030u, x.y & 0x03030303u, x.y & 0x30303030u, p, 0);
-            mix(o, before, x.x & 0x0c0c0c0cu, x.x & 0xc0c0c0c0u, x.y & 0x0c0c0c0cu, x.y & 0xc0c0c0c0u, p, 0);
-            mix(o, last, x.z & 0x03030303u, x.z & 0x30303030u, x.w & 0x03030303u, x.w & 0x30303030u, p, 1);
-            mix(o, before, x.z & 0x0c0c0c0cu, x.z & 0xc0c0c0c0u, x.w & 0x0c0c0c0cu, x.w & 0xc0c0c0c0u, p, 1);
-        } else if (i + 1 == h.value2) {
-            uint2 x = *((const uint2 *)rest + lane);
-            mix(o, last, x.x & 0x03030303u, x.x & 0x30303030u, x.x >> 2 & 0x03030303u, x.x >> 2 & 0x30303030u, p, 0);
-            mix(o, last, x.y & 0x03030303u, x.y & 0x30303030u, x.y >> 2 & 0x03030303u, x.y >> 2 & 0x30303030u, p, 1);
+    for (int i = 0; i < SUMS42; i += 2) {
+        const int last = SUMS42 - 1 - i;
+        if (i + 1 < h.value2) {
+            const uint4 x = wide[i * 16];
+            mix(o.of42, last, x.x & PAIR, x.x & PAIR << 4, x.y & PAIR, x.y & PAIR << 4, p, 0);
+            mix(o.of42, last - 1, x.x & PAIR << 2, x.x & PAIR << 6, x.y & PAIR << 2, x.y & PAIR << 6, p, 0);
+            mix(o.of42, last, x.z & PAIR, x.z & PAIR << 4, x.w & PAIR, x.w & PAIR << 4, p, 1);
+            mix(o.of42, last - 1, x.z & PAIR << 2, x.z & PAIR << 6, x.w & PAIR << 2, x.w & PAIR << 6, p, 1);
+        } else if (i < h.value2) {
+            const uint2 x = *((const uint2 *)rest + lane);
+            mix(o.of42, last, x.x & PAIR, x.x & PAIR << 4, x.x >> 2 & PAIR, x.x >> 2 & PAIR << 4, p, 0);
+            mix(o.of42, last, x.y & PAIR, x.y & PAIR << 4, x.y >> 2 & PAIR, x.y >> 2 & PAIR << 4, p, 1);
         }
     }
-    if (h.value1 == 0) return;
     wide += h.value2 / 2 * 32;
     rest += (h.value2 & 1) * 256;
 #pragma unroll
-    for (int b = 0; b < VALUE_BLOCKS; b++) {
-        int i = b - h.value4;
-        if (i < 0 || i >= h.value1) continue;
-        if (i < (h.value1 & ~3)) {
-            uint4 x = wide[i / 4 * 32];
-            uint32_t a = 0x01010101u << (i & 3), c = a << 4;
-            mix(o, b, x.x & a, x.x & c, x.y & a, x.y & c, p, 0);
-            mix(o, b, x.z & a, x.z & c, x.w & a, x.w & c, p, 1);
+    for (int i = 0; i < SUMS1; i += 4) {
+        if (i + 3 < SUMS1 && i + 3 < h.value1) {
+            const uint4 x = wide[i * 8];
+#pragma unroll
+            for (int k = 0; k < min(4, SUMS1 - i); k++)
+                mix(o.of1, i + k, x.x & BIT << k, x.x & BIT << (k + 4), x.y & BIT << k, x.y & BIT << (k + 4), p, 0);
+#pragma unroll
+            for (int k = 0; k < min(4, SUMS1 - i); k++)
+                mix(o.of1, i + k, x.z & BIT << k, x.z & BIT << (k + 4), x.w & BIT << k, x.w & BIT << (k + 4), p, 1);
         } else {
-            uint32_t x = *((const uint32_t *)(rest + (i & 3) * 128) + lane);
-            mix(o, b, x & 0x01010101u, x & 0x10101010u, x >> 1 & 0x01010101u, x >> 1 & 0x10101010u, p, 0);
-            mix(o, b, x >> 2 & 0x01010101u, x >> 2 & 0x10101010u, x >> 3 & 0x01010101u, x >> 3 & 0x10101010u, p, 1);
+#pragma unroll
+            for (int k = i; k < min(i + 3, SUMS1); k++) {
+                if (k >= h.value1) continue;
+                const uint32_t x = *((const uint32_t *)rest + (k - i) * LANES + lane);
+                mix(o.of1, k, x & BIT, x & BIT << 4, x >> 1 & BIT, x >> 1 & BIT << 4, p, 0);
+                mix(o.of1, k, x >> 2 & BIT, x >> 2 & BIT << 4, x >> 3 & BIT, x >> 3 & BIT << 4, p, 1);
+            }
         }
     }
 }
 
-// Where the sums of `mix_tile` belong in the order of blocks, or -1.
-__device__ __forceinline__ int block_of(int at, const Head &h) {
-    if (at < h.value4) return at;
-    if (at < h.value4 + h.value1) return h.value2 + at;
-    return VALUE_BLOCKS - 1 - at < h.value2 ? h.value4 + VALUE_BLOCKS - 1 - at : -1;
+template <int BLOCKS_> __device__ __forceinline__ void clear(int (&sums)[BLOCKS_][4]) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS_; b++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums[b][e] = 0;
+}
+
+// Pairs of numbers are high and low bytes of one sum.
+template <int BLOCKS_> __device__ __forceinline__ void shrink_sums(int (&sums)[BLOCKS_][4], float shrink) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS_; b++)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            const float high = (float)sums[b][e] * shrink;
+            const int whole = __float2int_rn(high);
+            sums[b][e] = whole;
+            sums[b][e + 1] = __float2int_rn((float)sums[b][e + 1] * shrink + (high - (float)whole) * 256.f);
+        }
+}
+
+// A block's sums to a row, from column g.
+__device__ __forceinline__ void store_sums(float *row, const int *c, bool both) {
+    row[0] = (float)c[0] * 256.f + (float)c[1];
+    row[8] = both ? (float)(c[2] - c[0]) * 256.f + (float)(c[3] - c[1]) : (float)c[2] * 256.f + (float)c[3];
 }
 
 __device__ __forceinline__ float capped(float score, float cap) {
@@ -411,66 +276,103 @@ __device__ __forceinline__ float capped(float score, float cap) {
     return copysignf(cap * (1.f - 2.f / (e + 1.f)), score);
 }
 
-// Coded tokens of one split: weighted sums of codes [ROWS, VALUES] and masses, merged over the block's warps.
-__device__ void attend_codes(const Arguments &a, int sequence, const Item &item, float *part, float2 *masses,
-                             unsigned char *memory) {
+// What a warp has in shared memory, and what all of a block's share, but for `all`: the rings, which merges use, too.
+struct Memory {
+    unsigned char *all, *ring;
+    uint64_t *barriers;        // of the warp: MOST_STAGES for keys, as many for values
+    uint32_t *folded;          // [2, FOLDED]: of this item and of the next
+    float *work;               // [2, WARPS, ROWS]
+    Item *items;               // [3]: this one and the next two
+    uint64_t *folded_barriers; // [2]
+    int total;                 // as in `visible`
+};
+
+__device__ __forceinline__ const Item &item_at(const Memory &m, int n) { return m.items[n % 3]; }
+// Item n to shared memory, by the block's first threads.
+__device__ __forceinline__ void fetch_item(const Arguments &a, const Memory &m, int n) {
+    constexpr int PARTS = sizeof(Item) / 16;
+    if (n >= a.item_count || threadIdx.x >= PARTS) return;
+    const int4 *from = (const int4 *)(a.items + (long long)blockIdx.x * a.item_count + n);
+    ((int4 *)&m.items[n % 3])[threadIdx.x] = from[threadIdx.x];
+}
+// The folded query of item n, once the kernel ahead has ended.
+__device__ __forceinline__ void fetch_query(const Arguments &a, const Memory &m, int n) {
+    const Item &item = item_at(m, n);
+    const long long owner = (long long)item.sequence * a.head_count + item.head;
+    fill(m.folded + n % 2 * FOLDED, (const uint8_t *)(a.folded + owner * FOLDED), 4 * FOLDED,
+         m.folded_barriers + n % 2);
+}
+
+// Bring a part of the matrix that a head's last block will need closer.
+__device__ __forceinline__ void prefetch_unfold(const Arguments &a, const Item &item) {
+    const int bytes = 4 * 16 * (item.h.value4 + item.h.value2 + item.h.value1) * HEAD_DIM;
+    const char *matrix = (const char *)(a.unfold + (long long)item.head * VALUES * HEAD_DIM);
+    for (int i = 128 * (threadIdx.x + THREADS * item.split); i < bytes; i += 128 * THREADS * item.coded)
+        prefetch(matrix + i);
+}
+
+// What all items begin with, after a warp's first tiles are under way. Returns the item's folded query.
+__device__ __forceinline__ const uint32_t *begin_item(const Arguments &a, const Memory &m, int n) {
+    if (threadIdx.x == 0) {
+        if (n == 0) wait_for_fold(), fetch_query(a, m, 0);
+        if (n + 1 < a.item_count && item_at(m, n + 1).head >= 0) fetch_query(a, m, n + 1);
+    }
+    fetch_item(a, m, n + 2);
+    prefetch_unfold(a, item_at(m, n));
+    barrier_wait(m.folded_barriers + n % 2, n / 2 & 1);
+    return m.folded + n % 2 * FOLDED;
+}
+
+// Coded tokens of one item: weighted sums of codes [ROWS, VALUES] and masses, merged over the block's warps.
+// `phases` are the parities that the warp's barriers complete with next.
+__device__ void attend_codes(const Arguments &a, int place, const Head &h, float *part, float2 *masses,
+                             const Memory &m, uint32_t &phases) {
+    const Item &item = item_at(m, place);
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
-    const int head = item.head;
-    const Head h = a.heads[head];
-    int from = visible(a, sequence, 0).coded0, to = visible(a, sequence, a.queries - 1).coded1;
+    const int sequence = item.sequence;
+    const int from = visible(a, m.total, sequence, 0).coded0;
+    const int to = visible(a, m.total, sequence, a.queries - 1).coded1;
     const int tile0 = from / TOKENS, tiles = max(0, (to + TOKENS - 1) / TOKENS - tile0);
-    const int begin = tile0 + (int)((long long)tiles * item.split / item.coded);
-    const int end = tile0 + (int)((long long)tiles * (item.split + 1) / item.coded);
+    const int begin = tile0 + (int)((long long)tiles * item.from >> 20);
+    const int end = tile0 + (int)((long long)tiles * item.to >> 20);
     const int key_bytes = 128 * key_words(h), value_bytes = 128 * value_words(h);
     const int stage_bytes = key_bytes + value_bytes;
     const int stages = max(1, min(MOST_STAGES, RING / max(stage_bytes, 1)));
-    unsigned char *ring = memory + warp * RING;
     const int mine = max(0, (end - begin - warp + WARPS - 1) / WARPS);
     const uint8_t *keys = h.keys + sequence * h.key_batch + (long long)(begin + warp) * key_bytes;
     const uint8_t *values = h.values + sequence * h.value_batch + (long long)(begin + warp) * value_bytes;
-    for (int n = 0; n < stages; n++) {
-        if (n < mine) {
-            uint8_t *to_stage = ring + n * stage_bytes;
-            copy_tile(to_stage, keys + (long long)n * WARPS * key_bytes, h.key4, h.key2, h.key1, lane);
-            copy_tile(to_stage + key_bytes, values + (long long)n * WARPS * value_bytes, h.value4, h.value2,
-                      h.value1, lane);
+    if (lane == 0)
+#pragma unroll 1
+        for (int n = 0; n < min(stages, mine); n++) {
+            fill(m.ring + n * stage_bytes, keys, key_bytes, m.barriers + n);
+            fill(m.ring + n * stage_bytes + key_bytes, values, value_bytes, m.barriers + MOST_STAGES + n);
+            keys += WARPS * key_bytes, values += WARPS * value_bytes;
         }
-        commit();
-    }
-
-    // behind the rings: the folded query
-    float *scale = (float *)(memory + WARPS * RING), *offset = scale + ROWS;
-    uint32_t *fragments = (uint32_t *)(offset + ROWS);
-    float *work = (float *)(fragments + (KEY_BLOCKS + 1) * ROW_TILES * LANES * 2);
-    const Number *query = a.query + ((long long)sequence * a.head_count + head) * a.rows * HEAD_DIM;
-    fold_query(a, h, head, query, work, fragments, scale, offset);
-
+    const uint32_t *folded = begin_item(a, m, place);
     float row_scale[ROW_TILES], row_offset[ROW_TILES], reference[ROW_TILES], mass[ROW_TILES];
     int row_from[ROW_TILES], row_to[ROW_TILES];
-#pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) {
-        int row = 4 * n + t;
-        const Range range = visible(a, sequence, row < a.rows ? row % a.queries : 0);
-        row_scale[n] = scale[row], row_offset[n] = offset[row];
-        row_from[n] = range.coded0, row_to[n] = range.coded1;
-        reference[n] = NOTHING, mass[n] = 0.f;
-    }
     Sums o;
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-        for (int b = 0; b < VALUE_BLOCKS; b++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) o.sum[n][b][e] = 0;
+    for (int n = 0; n < ROW_TILES; n++) {
+        const int row = 4 * n + t;
+        const Range range = visible(a, m.total, sequence, row < a.rows ? row % a.queries : 0);
+        const float2 scale = ((const float2 *)(folded + FRAGMENTS))[row];
+        row_scale[n] = scale.x, row_offset[n] = scale.y;
+        row_from[n] = range.coded0, row_to[n] = range.coded1;
+        reference[n] = NOTHING, mass[n] = 0.f;
+        clear(o.of42[n]), clear(o.of1[n]);
+    }
 
-    int stage = 0;
-    for (int n = 0; n < mine; n++) {
-        wait_for_oldest(stages);
-        uint8_t *tile = ring + stage * stage_bytes;
+    int stage = 0, token = (begin + warp) * TOKENS;
+    for (int n = 0; n < mine; n++, token += WARPS * TOKENS) {
+        unsigned char *tile = m.ring + stage * stage_bytes;
+        const bool more = lane == 0 && n + stages < mine;
         Scores s;
-        score_tile(s, tile, h, (const uint2 *)fragments, lane);
-        const int token = (begin + warp + n * WARPS) * TOKENS;
-        uint32_t p[ROW_TILES][GROUPS];
+        barrier_wait(m.barriers + stage, phases >> stage & 1);
+        score_tile(s, tile, h, (const uint2 *)folded + lane, lane);
+        __syncwarp();
+        if (more) fill(tile, keys, key_bytes, m.barriers + stage);
+        Weights p;
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
             float x[GROUPS][2], most = -INF;
@@ -489,7 +391,7 @@ __device__ void attend_codes(const Arguments &a, int sequence, const Item &item,
                 for (int j = 0; j < GROUPS; j++)
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        int at = token + 16 * j + 8 * i + g;
+                        const int at = token + 16 * j + 8 * i + g;
                         if (at < row_from[r] || at >= row_to[r]) x[j][i] = -INF;
                     }
 #pragma unroll
@@ -497,45 +399,36 @@ __device__ void attend_codes(const Arguments &a, int sequence, const Item &item,
             if (__any_sync(~0u, most - reference[r] > HEADROOM)) {
 #pragma unroll
                 for (int step = 4; step < LANES; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-                float next = most - reference[r] > HEADROOM ? most - TARGET : reference[r];
-                float shrink = exp2_fast(reference[r] - next);
+                const float next = most - reference[r] > HEADROOM ? most - TARGET : reference[r];
+                const float shrink = exp2_fast(reference[r] - next);
                 reference[r] = next;
                 mass[r] *= shrink;
-#pragma unroll
-                for (int b = 0; b < VALUE_BLOCKS; b++)
-#pragma unroll
-                    for (int e = 0; e < 4; e += 2) {
-                        float high = (float)o.sum[r][b][e] * shrink;
-                        int whole = __float2int_rn(high);
-                        o.sum[r][b][e] = whole;
-                        o.sum[r][b][e + 1] =
-                            __float2int_rn((float)o.sum[r][b][e + 1] * shrink + (high - (float)whole) * 256.f);
-                    }
+                shrink_sums(o.of42[r], shrink), shrink_sums(o.of1[r], shrink);
             }
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
                 // adding 2^23 leaves the rounded weight in the lowest two bytes
-                float y0 = exp2_fast(x[j][0] - reference[r]) + 8388608.f;
-                float y1 = exp2_fast(x[j][1] - reference[r]) + 8388608.f;
+                const float y0 = exp2_fast(x[j][0] - reference[r]) + 8388608.f;
+                const float y1 = exp2_fast(x[j][1] - reference[r]) + 8388608.f;
                 mass[r] += (y0 - 8388608.f) + (y1 - 8388608.f);
                 p[r][j] = transpose8x8(__byte_perm(__float_as_uint(y0), __float_as_uint(y1), 0x4051));
             }
         }
+        barrier_wait(m.barriers + MOST_STAGES + stage, phases >> stage & 1);
         mix_tile(o, tile + key_bytes, h, p, lane);
-        if (n + stages < mine) {
-            long long ahead = (long long)(n + stages) * WARPS;
-            copy_tile(tile, keys + ahead * key_bytes, h.key4, h.key2, h.key1, lane);
-            copy_tile(tile + key_bytes, values + ahead * value_bytes, h.value4, h.value2, h.value1, lane);
+        __syncwarp();
+        if (more) {
+            fill(tile + key_bytes, values, value_bytes, m.barriers + MOST_STAGES + stage);
+            keys += WARPS * key_bytes, values += WARPS * value_bytes;
         }
-        commit();
+        phases ^= 1u << stage;
         stage = stage + 1 == stages ? 0 : stage + 1;
     }
-    wait_all_but<0>();
     __syncthreads();
 
     // merge the warps; the rings are free now
-    float *sums = (float *)memory;                 // [WARPS, ROWS, VALUES]
-    float *warp_mass = work;        // [2, WARPS, ROWS]: masses, references
+    float *sums = (float *)m.all;                  // [WARPS, ROWS, VALUES]
+    float *warp_mass = m.work;                     // [2, WARPS, ROWS]: masses, references
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
@@ -544,38 +437,47 @@ __device__ void attend_codes(const Arguments &a, int sequence, const Item &item,
             warp_mass[warp * ROWS + 4 * n + t] = mass[n];
             warp_mass[(WARPS + warp) * ROWS + 4 * n + t] = reference[n];
         }
+        float *row = sums + (warp * ROWS + 4 * n + t) * VALUES + g;
 #pragma unroll
-        for (int at = 0; at < VALUE_BLOCKS; at++) {
-            int block = block_of(at, h);
-            if (block < 0) continue;
-            const int *c = o.sum[n][at];
-            float *row = sums + ((long long)warp * ROWS + 4 * n + t) * VALUES + 16 * block + g;
-            row[0] = (float)c[0] * 256.f + (float)c[1];
-            row[8] = (float)c[2] * 256.f + (float)c[3];
+        for (int b = 0; b < SUMS42; b++) {
+            if (b < h.value4) store_sums(row + 16 * b, o.of42[n][b], true);
+            if (b < h.value2) store_sums(row + 16 * (h.value4 + b), o.of42[n][SUMS42 - 1 - b], false);
         }
+#pragma unroll
+        for (int b = 0; b < SUMS1; b++)
+            if (b < h.value1) store_sums(row + 16 * (h.value4 + h.value2 + b), o.of1[n][b], false);
     }
     __syncthreads();
     const int columns = 16 * (h.value4 + h.value2 + h.value1);
-    for (int i = threadIdx.x; i < ROWS * VALUES; i += THREADS) {
-        int row = i / VALUES, column = i % VALUES;
-        float top = NOTHING, total = 0.f, sum = 0.f;
+    for (int row = warp; row < ROWS; row += WARPS) {
+        float top = NOTHING, total = 0.f;
         for (int w = 0; w < WARPS; w++) top = fmaxf(top, warp_mass[(WARPS + w) * ROWS + row]);
+        float weight[WARPS];
+#pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            float weight = exp2_fast(warp_mass[(WARPS + w) * ROWS + row] - top);
-            total = fmaf(warp_mass[w * ROWS + row], weight, total);
-            if (column < columns) sum = fmaf(sums[(w * ROWS + row) * VALUES + column], weight, sum);
+            weight[w] = exp2_fast(warp_mass[(WARPS + w) * ROWS + row] - top);
+            total = fmaf(warp_mass[w * ROWS + row], weight[w], total);
         }
-        part[row * WIDTH + column] = sum;
-        if (column == 0) masses[row] = make_float2(top, total);
+        if (lane == 0) masses[row] = make_float2(top, total);
+        for (int column = 4 * lane; column < columns; column += 4 * LANES) {
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float4 x = *(const float4 *)&sums[(w * ROWS + row) * VALUES + column];
+                sum.x = fmaf(x.x, weight[w], sum.x), sum.y = fmaf(x.y, weight[w], sum.y);
+                sum.z = fmaf(x.z, weight[w], sum.z), sum.w = fmaf(x.w, weight[w], sum.w);
+            }
+            *(float4 *)&part[row * WIDTH + column] = sum;
+        }
     }
 }
 
 // Exact tokens of all kinds: weighted sums [ROWS, HEAD_DIM] and masses.
 __device__ void attend_exact(const Arguments &a, int sequence, int head, float *part, float2 *masses,
-                             unsigned char *memory) {
+                             const Memory &m) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const long long owner = (long long)sequence * a.head_count + head;
-    float *query = (float *)memory, *sums = query + ROWS * HEAD_DIM, *warp_mass = sums + WARPS * ROWS * HEAD_DIM;
+    float *query = (float *)m.all, *sums = query + ROWS * HEAD_DIM, *warp_mass = sums + WARPS * ROWS * HEAD_DIM;
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS)
         query[i] = i < a.rows * HEAD_DIM ? number(a.query[owner * a.rows * HEAD_DIM + i]) * a.scaling * LOG2E : 0.f;
     __syncthreads();
@@ -608,7 +510,7 @@ __device__ void attend_exact(const Arguments &a, int sequence, int head, float *
 #pragma unroll
             for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
             if (a.softcap > 0.f) x = capped(x, a.softcap * LOG2E);
-            const Range range = visible(a, sequence, r < a.rows ? r % a.queries : 0);
+            const Range range = visible(a, m.total, sequence, r < a.rows ? r % a.queries : 0);
             const bool seen = early ? at >= range.first0 && at < range.first1 : at >= range.last0 && at < range.last1;
             if (!seen) continue;
             float next = fmaxf(reference[r], x), shrink = exp2_fast(reference[r] - next), p = exp2_fast(x - next);
@@ -641,14 +543,12 @@ __device__ void attend_exact(const Arguments &a, int sequence, int head, float *
 }
 
 // The last block of a KV head adds up all splits and maps the sums of codes to head_dim.
-__device__ void merge_splits(const Arguments &a, int sequence, const Item &item, int splits, float *memory) {
-    const int head = item.head, coded = item.coded;
-    const long long slot = (long long)sequence * a.item_count + item.slot;
-    const float2 *masses = a.masses + slot * ROWS;
-    const float *parts = a.partial + slot * ROWS * WIDTH;
-    const Head h = a.heads[head];
+__device__ void merge_splits(const Arguments &a, const Item &item, const Head &h, int splits, float *memory) {
+    const int head = item.head, coded = item.coded, sequence = item.sequence;
+    const float2 *masses = a.masses + (long long)item.slot * ROWS;
+    const float *parts = a.partial + (long long)item.slot * ROWS * WIDTH;
     const int columns = 16 * (h.value4 + h.value2 + h.value1), group = a.rows / a.queries;
-    float *sums = memory, *weights = sums + ROWS * VALUES, *share = weights + splits * ROWS;
+    float *sums = memory, *share = sums + ROWS * VALUES, *scratch = share + ROWS, *weights = scratch + WARPS * 512;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     for (int row = warp; row < ROWS; row += WARPS) {
         const bool real = row < a.rows, has_sink = real && a.sink_logits;
@@ -689,52 +589,61 @@ __device__ void merge_splits(const Arguments &a, int sequence, const Item &item,
     }
     __syncthreads();
     const float *unfold = a.unfold + (long long)head * VALUES * HEAD_DIM;
-    for (int b = warp; b < HEAD_DIM / 16; b += WARPS) {
-        float sum[ROWS][4];
-        multiply(sum, sums, VALUES, unfold + 16 * b, columns, HEAD_DIM, lane);
-        if (lane >= 4) continue;
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) {
-            if (row >= a.rows) break;
-            const long long query_head = head * group + row / a.queries;
+    for (int n = 0; n < ROW_TILES; n++) {
+        multiply(scratch, sums + 4 * n * VALUES, VALUES, unfold, columns, HEAD_DIM, HEAD_DIM, WARPS);
+        __syncthreads();
+        for (int i = threadIdx.x; i < min(4, a.rows - 4 * n) * HEAD_DIM; i += THREADS) {
+            const int row = 4 * n + i / HEAD_DIM, column = i % HEAD_DIM;
+            float y = product(scratch, i / HEAD_DIM, column, HEAD_DIM, WARPS);
+            y = fmaf(share[row], a.unfold_shift[head * HEAD_DIM + column], y);
+            for (int s = coded; s < splits; s++)
+                y = fmaf(__ldcg(&parts[((long long)s * ROWS + row) * WIDTH + column]), weights[s * ROWS + row], y);
             const long long token = (long long)sequence * a.queries + row % a.queries;
-            Number *out = a.out + (token * a.head_count * group + query_head) * HEAD_DIM;
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int column = 16 * b + 4 * lane + e;
-                float y = fmaf(share[row], a.unfold_shift[head * HEAD_DIM + column], sum[row][e]);
-                for (int s = coded; s < splits; s++)
-                    y = fmaf(__ldcg(&parts[((long long)s * ROWS + row) * WIDTH + column]),
-                             weights[s * ROWS + row], y);
-                out[column] = rounded(y);
-            }
+            a.out[(token * a.head_count * group + head * group + row / a.queries) * HEAD_DIM + column] = rounded(y);
         }
+        __syncthreads();
     }
 }
 
 __device__ void attend_block(const Arguments &a, unsigned char *memory) {
-    const int sequence = blockIdx.y;
-    const Item item = a.items[blockIdx.x];
-    const int splits = item.coded + (a.first + a.last > 0);
-    const long long slot = (long long)sequence * a.item_count + item.slot + item.split;
-    float *part = a.partial + slot * ROWS * WIDTH;
-    float2 *masses = a.masses + slot * ROWS;
-    if (item.split < item.coded)
-        attend_codes(a, sequence, item, part, masses, memory);
-    else
-        attend_exact(a, sequence, item.head, part, masses, memory);
-    __threadfence();
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    uint64_t *barriers = (uint64_t *)(memory + WARPS * RING), *folded_barriers = barriers + WARPS * 2 * MOST_STAGES;
+    Item *items = (Item *)(folded_barriers + 2);
+    uint32_t *folded = (uint32_t *)(items + 3);
+    const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, folded,
+                      (float *)(folded + 2 * FOLDED), items, folded_barriers, a.ranges ? 0 : *a.seen};
+    fetch_item(a, m, 0), fetch_item(a, m, 1);
+    if (lane < 2 * MOST_STAGES) barrier_init(m.barriers + lane);
+    if (threadIdx.x < 2) barrier_init(folded_barriers + threadIdx.x);
+    barrier_init_done();
     __syncthreads();
-    unsigned *last = (unsigned *)memory, *done = a.done + (long long)sequence * a.head_count + item.head;
-    if (threadIdx.x == 0) {
-        *last = atomicAdd(done, 1u) + 1 == (unsigned)splits;
-        if (*last) *done = 0;
+    uint32_t phases = 0;
+    for (int n = 0; n < a.item_count; n++) {
+        const Item &item = item_at(m, n);
+        if (item.head < 0) break;
+        const Head h = item.h;
+        const int splits = item.coded + (a.first + a.last > 0);
+        const long long slot = item.slot + item.split;
+        float *part = a.partial + slot * ROWS * WIDTH;
+        float2 *masses = a.masses + slot * ROWS;
+        if (item.split < item.coded)
+            attend_codes(a, n, h, part, masses, m, phases);
+        else
+            begin_item(a, m, n), attend_exact(a, item.sequence, item.head, part, masses, m);
+        __syncthreads();
+        unsigned *last = (unsigned *)m.work;
+        if (threadIdx.x == 0) {
+            unsigned *done = a.done + (long long)item.sequence * a.head_count + item.head;
+            __threadfence();
+            *last = atomicAdd(done, 1u) + 1 == (unsigned)splits;
+            if (*last) *done = 0;
+            __threadfence();
+        }
+        __syncthreads();
+        if (*last) merge_splits(a, item, h, splits, (float *)memory);
+        fence_copies();
+        __syncthreads();
     }
-    __syncthreads();
-    const bool merges = *last;
-    __threadfence();
-    __syncthreads();
-    if (merges) merge_splits(a, sequence, item, splits, (float *)memory);
 }
 
 #ifndef EMULATED

@@ -7,30 +7,7 @@
 // Compiled at run time with these macros:
 //   HEAD_DIM      d
 //   BLOCKS        most blocks of any head (src/kvsight/tiling.py)
-//   NUMBER        0 bf16, 1 fp16, 2 fp32
-
-#ifndef EMULATED
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-__device__ __forceinline__ float from_bits(uint16_t bits) {
-#if NUMBER == 0
-    return __uint_as_float((uint32_t)bits << 16);
-#else
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
-    return y;
-#endif
-}
-#endif
-
-#if NUMBER == 2
-typedef float Number;
-__device__ __forceinline__ float number(float x) { return x; }
-#else
-typedef uint16_t Number;
-__device__ __forceinline__ float number(uint16_t x) { return from_bits(x); }
-#endif
+//   NUMBER        type of keys and values (numbers.cuh)
 
 constexpr int THREADS = 128, CHUNK = 16, TOKENS = 64, BATCH = 4;
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import most_blocks, steps, tiling_of
-from kvsight.ops.nvrtc import NUMBERS, compiled
+from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, compiled
 from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling
 
-SOURCE = Path(__file__).with_name("tiles.cu")
+SOURCES = (NUMBERS_SOURCE, Path(__file__).with_name("tiles.cu"))
 _BATCH = 4
 _THREADS = 128
 
@@ -128,7 +128,7 @@ class TileWriter:
 
     def write(self, k: Tensor, v: Tensor, seen: Tensor, first: int) -> None:
         """Queue it on the current stream."""
-        kernel = compiled(SOURCE, "encode_tiles", self.macros(k.dtype), 0)
+        kernel = compiled(SOURCES, "encode_tiles", self.macros(k.dtype), 0)
         kernel.launch(self.grid(k.shape[0]), _THREADS, self.arguments(k, v, seen, first))
 
 
