@@ -23,10 +23,10 @@ def emulated(tmp_path_factory):
     def build(harness, sources, macros):
         out = directory / f"{harness}{abs(hash((sources, macros)))}.so"
         source = out.with_suffix(".cu")
-        source.write_text(joined(sources))
+        source.write_text(joined(sources, macros))
         options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f'-DKERNEL="{source}"']
-        defined = [f"-D{name}={value}" for name, value in macros]
-        subprocess.run([compiler, *options, *defined, "-o", out, HERE / harness], check=True)
+        numbers = [f"-D{name}={value}" for name, value in macros if name == "NUMBER"]
+        subprocess.run([compiler, *options, *numbers, "-o", out, HERE / harness], check=True)
         library = ctypes.CDLL(str(out))
 
         def launch(grid, arguments, shared_bytes):

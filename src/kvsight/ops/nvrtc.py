@@ -75,21 +75,21 @@ class Kernel:
         torch.cuda._utils._check_cuda(code)
 
 
-def joined(sources: Sequence[Path]) -> str:
-    """The text of source files, one behind another."""
-    return "\n".join(source.read_text(encoding="utf-8") for source in sources)
+def joined(sources: Sequence[Path], macros: tuple[tuple[str, int | str], ...]) -> str:
+    """The text of source files, one behind another, after definitions of macros."""
+    defined = "".join(f"#define {name} {value}\n" for name, value in macros)
+    return defined + "\n".join(source.read_text(encoding="utf-8") for source in sources)
 
 
 @lru_cache(maxsize=256)
 def compiled(
-    sources: tuple[Path, ...], name: str, macros: tuple[tuple[str, int], ...], shared_bytes: int
+    sources: tuple[Path, ...], name: str, macros: tuple[tuple[str, int | str], ...], shared_bytes: int
 ) -> Kernel:
     """The kernel ``name`` of joined sources for the current device; compiled once per set of macros."""
     if not hasattr(torch.cuda, "_compile_kernel"):
         raise KVSightError(
             f"kernels are compiled by torch 2.9 or newer; this is torch {torch.__version__}."
         )
-    options = [f"-D{macro}={value}" for macro, value in macros]
-    kernel = torch.cuda._compile_kernel(joined(sources), name, nvcc_options=options)
+    kernel = torch.cuda._compile_kernel(joined(sources, macros), name)
     kernel.set_shared_memory_config(shared_bytes)
     return Kernel(kernel.func, shared_bytes)

@@ -2,7 +2,7 @@
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvsight.errors import KVSightError
 from kvsight.ops.attend.schedule import Item, schedule
-from kvsight.ops.attend.tiles import FoldedTiles, most_products, most_sums
+from kvsight.ops.attend.tiles import FoldedTiles, most_products
 from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, compiled
 from kvsight.tiling import CHUNK, TOKENS
 
@@ -27,7 +27,7 @@ _SHARED, _RESERVED = 228 * 1024, 1024
 # as much of it as a warp can put to use, and its barriers; words of an item
 _RING, _BARRIERS, _ITEM = 24 * 1024, 128, 24
 # with more sums two blocks of threads no longer find registers
-_LIGHT = 17
+_LIGHT = 16
 _MOST_SPLITS = 512
 # bytes that could be read while a block, a tile apart from its blocks, or the begin of an item is worked on
 _BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 80_000
@@ -78,22 +78,22 @@ class Shape:
     key_blocks: int
     key_products: int
     value_blocks: int
-    sums42: int
-    sums1: int
+    key_kinds: tuple[tuple[int, int, int], ...]
+    value_kinds: tuple[tuple[int, int, int], ...]
     row_tiles: int
     number: int
     warps: int = 8
     ring: int = 0
     blocks: int = 1
 
-    def macros(self) -> tuple[tuple[str, int], ...]:
+    def macros(self) -> tuple[tuple[str, int | str], ...]:
         return (
             ("HEAD_DIM", self.head_dim),
             ("KEY_BLOCKS", self.key_blocks),
             ("KEY_PRODUCTS", self.key_products),
             ("VALUE_BLOCKS", self.value_blocks),
-            ("SUMS42", self.sums42),
-            ("SUMS1", self.sums1),
+            ("KEY_KINDS", _listed(self.key_kinds)),
+            ("VALUE_KINDS", _listed(self.value_kinds)),
             ("ROW_TILES", self.row_tiles),
             ("NUMBER", self.number),
             ("WARPS", self.warps),
@@ -132,7 +132,7 @@ class Shape:
 
     def fitting(self, tile_bytes: int) -> "Shape":
         """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
-        light = self.row_tiles == 1 and self.sums42 + self.sums1 <= _LIGHT
+        light = self.row_tiles == 1 and self.value_blocks <= _LIGHT
         for blocks, warps in ((2, 8), (1, 8), (1, 4), (1, 2), (1, 1))[not light :]:
             bare = replace(self, warps=warps, ring=0, blocks=blocks)
             room = _SHARED // blocks - _RESERVED
@@ -337,7 +337,7 @@ class TileReader:
             none = Item(0, -1, 0, 0, 0, 0, 0)
             rows = [[(*item, 0) for item in (*own, *[none] * (most - len(own)))] for own in lists]
             items = torch.tensor(rows, dtype=torch.int32, device=self.heads.device)
-            heads = torch.nn.functional.pad(self.heads, (0, 1)).view(torch.int32)
+            heads = self.heads.view(torch.int32)
             self.made[key] = torch.cat([items, heads[items[..., 1].clamp_min(0)]], -1), sum(map(len, lists))
         return self.made[key]
 
@@ -348,12 +348,22 @@ class TileReader:
             keys.blocks,
             most_products(keys.tilings),
             values.blocks,
-            *most_sums(values.tilings),
+            _kinds(keys),
+            _kinds(values),
             row_tiles,
             NUMBERS[dtype],
             **given,
         )
         return shape if shape.ring else shape.fitting(self.largest)
+
+
+def _kinds(side: FoldedTiles) -> tuple[tuple[int, int, int], ...]:
+    """The counts of blocks that heads have."""
+    return tuple(sorted({tiling.counts for tiling in side.tilings}))
+
+
+def _listed(kinds: Sequence[tuple[int, int, int]]) -> str:
+    return " ".join(f"KIND({i},{n4},{n2},{n1})" for i, (n4, n2, n1) in enumerate(kinds))
 
 
 def _no_exact(q: Tensor, heads: int) -> Exact:
@@ -362,20 +372,17 @@ def _no_exact(q: Tensor, heads: int) -> Exact:
 
 
 def _heads(keys: TiledTokens, values: TiledTokens) -> Tensor:
-    """The kernel's ``Head`` of every KV head as int64 [H, 7]: addresses, strides, counts of blocks."""
+    """The kernel's ``Head`` of every KV head as int64 [H, 8]: addresses, strides, counts of blocks, kinds."""
     rows: list[list[int]] = []
+    listed = _kinds(keys.folded), _kinds(values.folded)
     for head in range(len(keys.tiles)):
         k, v = keys.tiles[head], values.tiles[head]
-        counts = [*_counts(keys, head), *_counts(values, head)]
-        pairs = [counts[i] | counts[i + 1] << 32 for i in (0, 2, 4)]
+        counts = [side.folded.tilings[head].counts for side in (keys, values)]
+        found = [kinds.index(count) for kinds, count in zip(listed, counts, strict=True)]
+        numbers = [*counts[0], *counts[1], *found]
+        pairs = [numbers[i] | numbers[i + 1] << 32 for i in (0, 2, 4, 6)]
         rows.append([k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), *pairs])
     return torch.tensor(rows, dtype=torch.int64)
-
-
-def _counts(side: TiledTokens, head: int) -> list[int]:
-    """Blocks of 4, 2 and 1 bits."""
-    sizes = [block.size for block in side.folded.tilings[head].blocks]
-    return [sizes.count(size) for size in (4, 2, 1)]
 
 
 def _coarse(tiles: int) -> int:

@@ -21,23 +21,25 @@ __device__ __forceinline__ int block_in(int product, int half, const Head &h) {
 
 __device__ void fold_block(const Arguments &a, float *memory) {
     const int head = blockIdx.x, sequence = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const Head h = a.heads[head];
     const long long owner = (long long)sequence * a.head_count + head;
     const Number *query = a.query + owner * a.rows * HEAD_DIM;
     float *raw = memory, *folded = raw + ROWS * HEAD_DIM, *scale = folded + ROWS * KEYS, *scratch = scale + ROWS;
+    // all columns, so that no load waits for another one
+    Product product(a.fold + (long long)head * HEAD_DIM * KEYS, HEAD_DIM, KEYS, KEYS, FOLD_WARPS);
+    const Head h = a.heads[head];
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += FOLD_THREADS)
         raw[i] = i < a.rows * HEAD_DIM ? number(query[i]) : 0.f;
     __syncthreads();
     const int columns = 16 * (h.key4 + h.key2 + h.key1);
-    const float *fold = a.fold + (long long)head * HEAD_DIM * KEYS;
     for (int n = 0; n < ROW_TILES; n++) {
-        multiply(scratch, raw + 4 * n * HEAD_DIM, HEAD_DIM, fold, HEAD_DIM, columns, KEYS, FOLD_WARPS);
-        __syncthreads();
+        if (n > 0) product.load(product.first);
+        product.times(raw + 4 * n * HEAD_DIM, HEAD_DIM, scratch);
         // from here on the tiles that the next kernel reads are not in the way of this one
         if (n == ROW_TILES - 1) let_next_start();
+        __syncthreads();
         for (int i = threadIdx.x; i < 4 * columns; i += FOLD_THREADS)
             folded[(4 * n + i / columns) * KEYS + i % columns] =
-                product(scratch, i / columns, i % columns, columns, FOLD_WARPS);
+                product_at(scratch, i / columns, i % columns, KEYS, FOLD_WARPS);
         __syncthreads();
     }
     uint32_t *out = a.folded + owner * FOLDED;

@@ -15,14 +15,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 __device__ __forceinline__ void mma_signed(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint2 b) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
 }
 __device__ __forceinline__ void mma_unsigned(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -64,6 +64,8 @@ __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch
 
 constexpr int PER_LANE = (HEAD_DIM + LANES - 1) / LANES;
 constexpr int MOST_STAGES = 8;
+// partial results that are read at once
+constexpr int MERGED = 4;
 // weights are kept below 2^16; a new reference puts the greatest at 2^13
 constexpr float HEADROOM = 15.98f, TARGET = 13.f;
 
@@ -94,17 +96,21 @@ __device__ __forceinline__ void score(Scores &s, int group, uint32_t a0, uint32_
     for (int n = 0; n < ROW_TILES; n++) mma_signed(s.sum[n][group], a0, a1, a2, a3, b[n]);
 }
 
-__device__ __forceinline__ void load(uint2 *b, const uint2 *fragments, int product) {
+// Second operands of the next product.
+__device__ __forceinline__ void load(uint2 *b, const uint2 *&fragments) {
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) b[n] = fragments[(product * ROW_TILES + n) * LANES];
+    for (int n = 0; n < ROW_TILES; n++) b[n] = fragments[n * LANES];
+    fragments += ROW_TILES * LANES;
 }
 
 constexpr uint32_t NIBBLE = 0x0f0f0f0fu, PAIR = 0x03030303u, BIT = 0x01010101u;
 
-// Scores of 64 tokens: rows g of a group of 16 once, rows g + 8 sixteen times. Where a product's second operand has
-// zeros, its first one may hold anything. `tile` and `fragments` are those of the lane.
-__device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const Head &h, const uint2 *fragments,
-                                           int lane) {
+__device__ __forceinline__ uint32_t word(const uint4 &x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+
+// Scores of 64 tokens: rows g of a group of 16 once, rows g + 8 sixteen times. Where the second operand of a product
+// has zeros, its first one may hold anything.
+template <int N4, int N2, int N1>
+__device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const uint2 *fragments, int lane) {
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
@@ -113,148 +119,174 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
             for (int e = 0; e < 4; e++) s.sum[n][j][e] = 0;
     const uint4 *wide = (const uint4 *)tile + lane;
     uint2 b[ROW_TILES];
-    int product = 0;
-#pragma unroll 2
-    for (int i = 0; i < h.key4; i += 2, product++, wide += 64) {
-        load(b, fragments, product);
-        const uint4 x = wide[0], y = wide[32];
-        // rows g + 8 get both nibbles: what the low one adds is in rows g, too
-        score(s, 0, x.x & NIBBLE, x.x, y.x & NIBBLE, y.x, b);
-        score(s, 1, x.y & NIBBLE, x.y, y.y & NIBBLE, y.y, b);
-        score(s, 2, x.z & NIBBLE, x.z, y.z & NIBBLE, y.z, b);
-        score(s, 3, x.w & NIBBLE, x.w, y.w & NIBBLE, y.w, b);
-    }
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++)
+    for (int i = 0; i < N4; i += 2) {
+        load(b, fragments);
+        const uint4 x = wide[i * 32], y = i + 1 < N4 ? wide[i * 32 + 32] : x;
+        // rows g + 8 get both nibbles: what the low one adds is in rows g, too
+#pragma unroll
+        for (int j = 0; j < GROUPS; j++) score(s, j, word(x, j) & NIBBLE, word(x, j), word(y, j) & NIBBLE, word(y, j), b);
+    }
+    if (N4 > 0)
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+            for (int j = 0; j < GROUPS; j++) {
+                s.sum[n][j][2] -= s.sum[n][j][0];
+                s.sum[n][j][3] -= s.sum[n][j][1];
+            }
+    wide += N4 * 32;
+#pragma unroll
+    for (int i = 1; i < N2; i += 2) {
+        load(b, fragments);
+        const uint4 x = wide[i / 2 * 32];
 #pragma unroll
         for (int j = 0; j < GROUPS; j++) {
-            s.sum[n][j][2] -= s.sum[n][j][0];
-            s.sum[n][j][3] -= s.sum[n][j][1];
+            const uint32_t y = word(x, j);
+            score(s, j, y & PAIR, y & PAIR << 4, y & PAIR << 2, y & PAIR << 6, b);
         }
-    wide = (const uint4 *)tile + h.key4 * 32 + lane;
-#pragma unroll 2
-    for (int i = 1; i < h.key2; i += 2, product++, wide += 32) {
-        load(b, fragments, product);
-        const uint4 x = *wide;
-        score(s, 0, x.x & PAIR, x.x & PAIR << 4, x.x & PAIR << 2, x.x & PAIR << 6, b);
-        score(s, 1, x.y & PAIR, x.y & PAIR << 4, x.y & PAIR << 2, x.y & PAIR << 6, b);
-        score(s, 2, x.z & PAIR, x.z & PAIR << 4, x.z & PAIR << 2, x.z & PAIR << 6, b);
-        score(s, 3, x.w & PAIR, x.w & PAIR << 4, x.w & PAIR << 2, x.w & PAIR << 6, b);
     }
-    const uint8_t *rest = tile + (h.key4 + h.key2 / 2 + h.key1 / 4) * 512;
-    if (h.key2 & 1) {
-        load(b, fragments, product++);
+    wide += N2 / 2 * 32;
+    const uint8_t *rest = tile + (N4 + N2 / 2 + N1 / 4) * 512;
+    if (N2 % 2) {
+        load(b, fragments);
         const uint2 x = *((const uint2 *)rest + lane);
-        rest += 256;
-        score(s, 0, x.x & PAIR, x.x & PAIR << 4, x.x, x.x, b);
-        score(s, 1, x.x >> 2 & PAIR, x.x >> 2 & PAIR << 4, x.x, x.x, b);
-        score(s, 2, x.y & PAIR, x.y & PAIR << 4, x.x, x.x, b);
-        score(s, 3, x.y >> 2 & PAIR, x.y >> 2 & PAIR << 4, x.x, x.x, b);
-    }
-    for (int i = 0; i < h.key1 / 4; i++, wide += 32) {
-        const uint4 x = *wide;
-        load(b, fragments, product++);
-        score(s, 0, x.x & BIT, x.x & BIT << 4, x.x & BIT << 1, x.x & BIT << 5, b);
-        score(s, 1, x.y & BIT, x.y & BIT << 4, x.y & BIT << 1, x.y & BIT << 5, b);
-        score(s, 2, x.z & BIT, x.z & BIT << 4, x.z & BIT << 1, x.z & BIT << 5, b);
-        score(s, 3, x.w & BIT, x.w & BIT << 4, x.w & BIT << 1, x.w & BIT << 5, b);
-        load(b, fragments, product++);
-        score(s, 0, x.x & BIT << 2, x.x & BIT << 6, x.x & BIT << 3, x.x & BIT << 7, b);
-        score(s, 1, x.y & BIT << 2, x.y & BIT << 6, x.y & BIT << 3, x.y & BIT << 7, b);
-        score(s, 2, x.z & BIT << 2, x.z & BIT << 6, x.z & BIT << 3, x.z & BIT << 7, b);
-        score(s, 3, x.w & BIT << 2, x.w & BIT << 6, x.w & BIT << 3, x.w & BIT << 7, b);
-    }
-#pragma unroll 1
-    for (int i = 0; i < (h.key1 & 3); i++, rest += 128) {
-        load(b, fragments, product++);
-        const uint32_t x = *((const uint32_t *)rest + lane);
-        score(s, 0, x & BIT, x & BIT << 4, x, x, b);
-        score(s, 1, x >> 1 & BIT, x >> 1 & BIT << 4, x, x, b);
-        score(s, 2, x >> 2 & BIT, x >> 2 & BIT << 4, x, x, b);
-        score(s, 3, x >> 3 & BIT, x >> 3 & BIT << 4, x, x, b);
-    }
-}
-
-// Weighted sums of values by block. Blocks of 4 bits have the first sums and those of 2 bits the last ones, backwards;
-// blocks of 1 bit have their own. Of 4 bits, rows g + 8 count both nibbles.
-struct Sums {
-    int of42[ROW_TILES][SUMS42][4], of1[ROW_TILES][SUMS1][4];
-};
-typedef uint32_t Weights[ROW_TILES][GROUPS];
-
-template <int BLOCKS_>
-__device__ __forceinline__ void mix(int (*o)[BLOCKS_][4], int block, uint32_t a0, uint32_t a1, uint32_t a2,
-                                    uint32_t a3, const Weights &p, int pair) {
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++)
-        mma_unsigned(o[n][block], a0, a1, a2, a3, p[n][2 * pair], p[n][2 * pair + 1]);
-}
-
-// Registers are named at compile time, so all loops are unrolled. Sums of blocks that a head does not have are never
-// read.
-__device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Head &h, const Weights &p, int lane) {
-    const uint4 *wide = (const uint4 *)tile + lane;
-#pragma unroll
-    for (int i = 0; i < SUMS42; i += 2) {
-        if (i >= h.value4) continue;
-        const uint4 x = wide[i * 32], y = wide[i * 32 + 32];
-        mix(o.of42, i, x.x & NIBBLE, x.x, x.y & NIBBLE, x.y, p, 0);
-        mix(o.of42, i + 1, y.x & NIBBLE, y.x, y.y & NIBBLE, y.y, p, 0);
-        mix(o.of42, i, x.z & NIBBLE, x.z, x.w & NIBBLE, x.w, p, 1);
-        mix(o.of42, i + 1, y.z & NIBBLE, y.z, y.w & NIBBLE, y.w, p, 1);
-    }
-    wide += h.value4 * 32;
-    const uint8_t *rest = tile + (h.value4 + h.value2 / 2 + h.value1 / 4) * 512;
-#pragma unroll
-    for (int i = 0; i < SUMS42; i += 2) {
-        const int last = SUMS42 - 1 - i;
-        if (i + 1 < h.value2) {
-            const uint4 x = wide[i * 16];
-            mix(o.of42, last, x.x & PAIR, x.x & PAIR << 4, x.y & PAIR, x.y & PAIR << 4, p, 0);
-            mix(o.of42, last - 1, x.x & PAIR << 2, x.x & PAIR << 6, x.y & PAIR << 2, x.y & PAIR << 6, p, 0);
-            mix(o.of42, last, x.z & PAIR, x.z & PAIR << 4, x.w & PAIR, x.w & PAIR << 4, p, 1);
-            mix(o.of42, last - 1, x.z & PAIR << 2, x.z & PAIR << 6, x.w & PAIR << 2, x.w & PAIR << 6, p, 1);
-        } else if (i < h.value2) {
-            const uint2 x = *((const uint2 *)rest + lane);
-            mix(o.of42, last, x.x & PAIR, x.x & PAIR << 4, x.x >> 2 & PAIR, x.x >> 2 & PAIR << 4, p, 0);
-            mix(o.of42, last, x.y & PAIR, x.y & PAIR << 4, x.y >> 2 & PAIR, x.y >> 2 & PAIR << 4, p, 1);
+        for (int j = 0; j < GROUPS; j++) {
+            const uint32_t y = (j < 2 ? x.x : x.y) >> j % 2 * 2;
+            score(s, j, y & PAIR, y & PAIR << 4, y, y, b);
         }
+        rest += 256;
     }
-    wide += h.value2 / 2 * 32;
-    rest += (h.value2 & 1) * 256;
 #pragma unroll
-    for (int i = 0; i < SUMS1; i += 4) {
-        if (i + 3 < SUMS1 && i + 3 < h.value1) {
-            const uint4 x = wide[i * 8];
+    for (int i = 0; i < N1 / 4; i++) {
+        const uint4 x = wide[i * 32];
 #pragma unroll
-            for (int k = 0; k < min(4, SUMS1 - i); k++)
-                mix(o.of1, i + k, x.x & BIT << k, x.x & BIT << (k + 4), x.y & BIT << k, x.y & BIT << (k + 4), p, 0);
+        for (int k = 0; k < 4; k += 2) {
+            load(b, fragments);
 #pragma unroll
-            for (int k = 0; k < min(4, SUMS1 - i); k++)
-                mix(o.of1, i + k, x.z & BIT << k, x.z & BIT << (k + 4), x.w & BIT << k, x.w & BIT << (k + 4), p, 1);
-        } else {
-#pragma unroll
-            for (int k = i; k < min(i + 3, SUMS1); k++) {
-                if (k >= h.value1) continue;
-                const uint32_t x = *((const uint32_t *)rest + (k - i) * LANES + lane);
-                mix(o.of1, k, x & BIT, x & BIT << 4, x >> 1 & BIT, x >> 1 & BIT << 4, p, 0);
-                mix(o.of1, k, x >> 2 & BIT, x >> 2 & BIT << 4, x >> 3 & BIT, x >> 3 & BIT << 4, p, 1);
+            for (int j = 0; j < GROUPS; j++) {
+                const uint32_t y = word(x, j);
+                score(s, j, y & BIT << k, y & BIT << (k + 4), y & BIT << (k + 1), y & BIT << (k + 5), b);
             }
         }
     }
+#pragma unroll
+    for (int i = 0; i < N1 % 4; i++) {
+        load(b, fragments);
+        const uint32_t x = *((const uint32_t *)(rest + i * 128) + lane);
+#pragma unroll
+        for (int j = 0; j < GROUPS; j++) score(s, j, x >> j & BIT, x >> j & BIT << 4, x, x, b);
+    }
 }
 
-template <int BLOCKS_> __device__ __forceinline__ void clear(int (&sums)[BLOCKS_][4]) {
+// Weighted sums of values by block. Of 4 bits, rows g + 8 count both nibbles.
+struct Sums {
+    int sum[ROW_TILES][VALUE_BLOCKS][4];
+};
+typedef uint32_t Weights[ROW_TILES][GROUPS];
+
+__device__ __forceinline__ void mix(Sums &o, int block, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    const Weights &p, int pair) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS_; b++)
+    for (int n = 0; n < ROW_TILES; n++)
+        mma_unsigned(o.sum[n][block], a0, a1, a2, a3, p[n][2 * pair], p[n][2 * pair + 1]);
+}
+
+template <int N4, int N2, int N1>
+__device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Weights &p, int lane) {
+    const uint4 *wide = (const uint4 *)tile + lane;
+    // products that add to the same sums are kept apart
+#pragma unroll
+    for (int i = 0; i < N4; i += 2) {
+        uint4 x[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+            if (i + k < N4) x[k] = wide[(i + k) * 32];
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                if (i + k < N4) {
+                    const uint32_t y = word(x[k], 2 * pair), z = word(x[k], 2 * pair + 1);
+                    mix(o, i + k, y & NIBBLE, y, z & NIBBLE, z, p, pair);
+                }
+    }
+    wide += N4 * 32;
+#pragma unroll
+    for (int i = 1; i < N2; i += 2) {
+        const uint4 x = wide[i / 2 * 32];
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            const uint32_t y = word(x, 2 * pair), z = word(x, 2 * pair + 1);
+            mix(o, N4 + i - 1, y & PAIR, y & PAIR << 4, z & PAIR, z & PAIR << 4, p, pair);
+            mix(o, N4 + i, y & PAIR << 2, y & PAIR << 6, z & PAIR << 2, z & PAIR << 6, p, pair);
+        }
+    }
+    wide += N2 / 2 * 32;
+    const uint8_t *rest = tile + (N4 + N2 / 2 + N1 / 4) * 512;
+    if (N2 % 2) {
+        const uint2 x = *((const uint2 *)rest + lane);
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+            const uint32_t y = pair ? x.y : x.x, z = y >> 2;
+            mix(o, N4 + N2 - 1, y & PAIR, y & PAIR << 4, z & PAIR, z & PAIR << 4, p, pair);
+        }
+        rest += 256;
+    }
+#pragma unroll
+    for (int i = 0; i < N1 / 4; i++) {
+        const uint4 x = wide[i * 32];
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const uint32_t y = word(x, 2 * pair), z = word(x, 2 * pair + 1);
+                mix(o, N4 + N2 + 4 * i + k, y & BIT << k, y & BIT << (k + 4), z & BIT << k, z & BIT << (k + 4), p,
+                    pair);
+            }
+    }
+    uint32_t x[3];
+#pragma unroll
+    for (int i = 0; i < N1 % 4; i++) x[i] = *((const uint32_t *)(rest + i * 128) + lane);
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+        for (int i = 0; i < N1 % 4; i++) {
+            const uint32_t y = x[i] >> 2 * pair, z = x[i] >> (2 * pair + 1);
+            mix(o, N4 + N2 + N1 / 4 * 4 + i, y & BIT, y & BIT << 4, z & BIT, z & BIT << 4, p, pair);
+        }
+}
+
+// A warp reads tiles of one head for long, so it always takes the same way.
+__device__ __forceinline__ void score_kind(int kind, Scores &s, const uint8_t *tile, const uint2 *fragments, int lane) {
+    switch (kind) {
+#define KIND(i, n4, n2, n1) \
+    case i: score_tile<n4, n2, n1>(s, tile, fragments, lane); break;
+        KEY_KINDS
+#undef KIND
+    }
+}
+__device__ __forceinline__ void mix_kind(int kind, Sums &o, const uint8_t *tile, const Weights &p, int lane) {
+    switch (kind) {
+#define KIND(i, n4, n2, n1) \
+    case i: mix_tile<n4, n2, n1>(o, tile, p, lane); break;
+        VALUE_KINDS
+#undef KIND
+    }
+}
+
+__device__ __forceinline__ void clear(int (&sums)[VALUE_BLOCKS][4]) {
+#pragma unroll
+    for (int b = 0; b < VALUE_BLOCKS; b++)
 #pragma unroll
         for (int e = 0; e < 4; e++) sums[b][e] = 0;
 }
 
 // Pairs of numbers are high and low bytes of one sum.
-template <int BLOCKS_> __device__ __forceinline__ void shrink_sums(int (&sums)[BLOCKS_][4], float shrink) {
+__device__ __forceinline__ void shrink_sums(int (&sums)[VALUE_BLOCKS][4], float shrink) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS_; b++)
+    for (int b = 0; b < VALUE_BLOCKS; b++)
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
             const float high = (float)sums[b][e] * shrink;
@@ -360,7 +392,7 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
         row_scale[n] = scale.x, row_offset[n] = scale.y;
         row_from[n] = range.coded0, row_to[n] = range.coded1;
         reference[n] = NOTHING, mass[n] = 0.f;
-        clear(o.of42[n]), clear(o.of1[n]);
+        clear(o.sum[n]);
     }
 
     int stage = 0, token = (begin + warp) * TOKENS;
@@ -369,7 +401,7 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
         const bool more = lane == 0 && n + stages < mine;
         Scores s;
         barrier_wait(m.barriers + stage, phases >> stage & 1);
-        score_tile(s, tile, h, (const uint2 *)folded + lane, lane);
+        score_kind(h.key_kind, s, tile, (const uint2 *)folded + lane, lane);
         __syncwarp();
         if (more) fill(tile, keys, key_bytes, m.barriers + stage);
         Weights p;
@@ -403,7 +435,7 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
                 const float shrink = exp2_fast(reference[r] - next);
                 reference[r] = next;
                 mass[r] *= shrink;
-                shrink_sums(o.of42[r], shrink), shrink_sums(o.of1[r], shrink);
+                shrink_sums(o.sum[r], shrink);
             }
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
@@ -415,7 +447,7 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
             }
         }
         barrier_wait(m.barriers + MOST_STAGES + stage, phases >> stage & 1);
-        mix_tile(o, tile + key_bytes, h, p, lane);
+        mix_kind(h.value_kind, o, tile + key_bytes, p, lane);
         __syncwarp();
         if (more) {
             fill(tile + key_bytes, values, value_bytes, m.barriers + MOST_STAGES + stage);
@@ -439,13 +471,7 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
         }
         float *row = sums + (warp * ROWS + 4 * n + t) * VALUES + g;
 #pragma unroll
-        for (int b = 0; b < SUMS42; b++) {
-            if (b < h.value4) store_sums(row + 16 * b, o.of42[n][b], true);
-            if (b < h.value2) store_sums(row + 16 * (h.value4 + b), o.of42[n][SUMS42 - 1 - b], false);
-        }
-#pragma unroll
-        for (int b = 0; b < SUMS1; b++)
-            if (b < h.value1) store_sums(row + 16 * (h.value4 + h.value2 + b), o.of1[n][b], false);
+        for (int b = 0; b < VALUE_BLOCKS; b++) store_sums(row + 16 * b, o.sum[n][b], b < h.value4);
     }
     __syncthreads();
     const int columns = 16 * (h.value4 + h.value2 + h.value1);
@@ -550,6 +576,7 @@ __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h
     const int columns = 16 * (h.value4 + h.value2 + h.value1), group = a.rows / a.queries;
     float *sums = memory, *share = sums + ROWS * VALUES, *scratch = share + ROWS, *weights = scratch + WARPS * 512;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    Product product(a.unfold + (long long)head * VALUES * HEAD_DIM, columns, HEAD_DIM, HEAD_DIM, WARPS);
     for (int row = warp; row < ROWS; row += WARPS) {
         const bool real = row < a.rows, has_sink = real && a.sink_logits;
         const float sink = has_sink ? a.sink_logits[head * group + row / a.queries] * LOG2E : NOTHING;
@@ -578,23 +605,30 @@ __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h
     for (int i = threadIdx.x; i < ROWS * columns / 4; i += THREADS) {
         const int row = i / (columns / 4), column = i % (columns / 4) * 4;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-        for (int s = 0; s < coded; s++) {
-            const float4 x = __ldcg((const float4 *)&parts[((long long)s * ROWS + row) * WIDTH + column]);
-            const float weight = weights[s * ROWS + row];
-            sum.x = fmaf(x.x, weight, sum.x), sum.y = fmaf(x.y, weight, sum.y);
-            sum.z = fmaf(x.z, weight, sum.z), sum.w = fmaf(x.w, weight, sum.w);
+        for (int from = 0; from < coded; from += MERGED) {
+            float4 x[MERGED];
+#pragma unroll
+            for (int k = 0; k < MERGED; k++) {
+                const int s = min(from + k, coded - 1);
+                x[k] = __ldcg((const float4 *)&parts[((long long)s * ROWS + row) * WIDTH + column]);
+            }
+#pragma unroll
+            for (int k = 0; k < MERGED; k++) {
+                const float weight = from + k < coded ? weights[(from + k) * ROWS + row] : 0.f;
+                sum.x = fmaf(x[k].x, weight, sum.x), sum.y = fmaf(x[k].y, weight, sum.y);
+                sum.z = fmaf(x[k].z, weight, sum.z), sum.w = fmaf(x[k].w, weight, sum.w);
+            }
         }
         *(float4 *)&sums[row * VALUES + column] = sum;
     }
     __syncthreads();
-    const float *unfold = a.unfold + (long long)head * VALUES * HEAD_DIM;
     for (int n = 0; n < ROW_TILES; n++) {
-        multiply(scratch, sums + 4 * n * VALUES, VALUES, unfold, columns, HEAD_DIM, HEAD_DIM, WARPS);
+        if (n > 0) product.load(product.first);
+        product.times(sums + 4 * n * VALUES, VALUES, scratch);
         __syncthreads();
         for (int i = threadIdx.x; i < min(4, a.rows - 4 * n) * HEAD_DIM; i += THREADS) {
             const int row = 4 * n + i / HEAD_DIM, column = i % HEAD_DIM;
-            float y = product(scratch, i / HEAD_DIM, column, HEAD_DIM, WARPS);
+            float y = product_at(scratch, i / HEAD_DIM, column, HEAD_DIM, WARPS);
             y = fmaf(share[row], a.unfold_shift[head * HEAD_DIM + column], y);
             for (int s = coded; s < splits; s++)
                 y = fmaf(__ldcg(&parts[((long long)s * ROWS + row) * WIDTH + column]), weights[s * ROWS + row], y);

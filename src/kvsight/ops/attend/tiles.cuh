@@ -2,8 +2,7 @@
 //   HEAD_DIM          d
 //   KEY_BLOCKS        most blocks of any head's keys (src/kvsight/tiling.py);  VALUE_BLOCKS  of its values
 //   KEY_PRODUCTS      most matrix products that a tile of any head's keys takes for 16 tokens
-//   SUMS42, SUMS1     registers for sums of values: most blocks of 4 and 2 bits of any head, counted in pairs each,
-//                     and of 1 bit, at least 2 and 1
+//   KEY_KINDS, VALUE_KINDS   KIND(i, n4, n2, n1) for each i: counts of blocks that heads have
 //   ROW_TILES         query rows of a KV head in fours
 //   WARPS, RING       warps of a block, and bytes of shared memory that each of them streams through
 //   BLOCKS            blocks of threads that should fit one multiprocessor
@@ -25,13 +24,13 @@ struct Head {
     long long key_batch, value_batch;  // bytes from one sequence to the next
     int key4, key2, key1;
     int value4, value2, value1;
+    int key_kind, value_kind;
 };
 // Part of a KV head's tokens: its coded tiles from `from` to `to` in units of 2^-20 of them all, or, where
 // split == coded, its exact tokens. Partial results of a head lie behind one another from `slot`.
 struct Item {
     int sequence, head, split, coded, slot, from, to, unused;
     Head h;
-    long long padding;
 };
 // Visible tokens of one query token: exact first ones, coded ones, exact last ones; each from, to. Later queries
 // see from and to no less.
@@ -61,32 +60,53 @@ struct Arguments {
     int after;                   // newer query tokens than this launch has
 };
 
-// Partial sums of x [4, n] @ m [n, columns]: the `warps` of a block share columns and the n rows of m, so that many
-// loads are under way at once. `scratch` [warps, 4, 128] takes them.
-__device__ __forceinline__ void multiply(float *scratch, const float *x, int x_stride, const float *m, int n,
-                                         int columns, int stride, int warps) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const int share = warps / ((columns + 127) / 128), column = warp / share * 128 + 4 * lane;
-    if (column < columns) {
-        float4 sum[4];
+// x [4, n] @ m [n, columns] by the `warps` of a block, which share columns and the n rows of m. A lane takes four
+// columns of every share-th row, 16 rows at a time, so that their loads are under way at once: the first of them
+// before x is there.
+constexpr int AT_ONCE = 16;
+struct Product {
+    const float *m;
+    int n, stride, share, first, column;
+    float4 rows[AT_ONCE], sum[4];
+
+    __device__ __forceinline__ Product(const float *m, int n, int columns, int stride, int warps)
+        : m(m), n(n), stride(stride), share(warps / ((columns + 127) / 128)) {
+        const int warp = threadIdx.x / LANES;
+        first = warp % share, column = warp / share * 128 + threadIdx.x % LANES * 4;
+        if (column >= columns) this->n = 0;
+        load(first);
+    }
+    __device__ __forceinline__ void load(int from) {
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int j = from + k * share;
+            rows[k] = j < n ? *(const float4 *)(m + (long long)j * stride + column) : make_float4(0.f, 0.f, 0.f, 0.f);
+        }
+    }
+    // `scratch` [warps, 4, 128] takes the sums of each warp.
+    __device__ __forceinline__ void times(const float *x, int x_stride, float *scratch) {
 #pragma unroll
         for (int r = 0; r < 4; r++) sum[r] = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 16
-        for (int j = warp % share; j < n; j += share) {
-            const float4 f = *(const float4 *)(m + (long long)j * stride + column);
+        for (int from = first; from < n; from += AT_ONCE * share) {
+            if (from > first) load(from);
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const float z = x[r * x_stride + j];
-                sum[r].x = fmaf(z, f.x, sum[r].x), sum[r].y = fmaf(z, f.y, sum[r].y);
-                sum[r].z = fmaf(z, f.z, sum[r].z), sum[r].w = fmaf(z, f.w, sum[r].w);
+            for (int k = 0; k < AT_ONCE; k++) {
+                const int j = min(from + k * share, n - 1);
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    const float y = x[r * x_stride + j];
+                    sum[r].x = fmaf(y, rows[k].x, sum[r].x), sum[r].y = fmaf(y, rows[k].y, sum[r].y);
+                    sum[r].z = fmaf(y, rows[k].z, sum[r].z), sum[r].w = fmaf(y, rows[k].w, sum[r].w);
+                }
             }
         }
+        float4 *out = (float4 *)scratch + threadIdx.x / LANES * 128 + threadIdx.x % LANES;
 #pragma unroll
-        for (int r = 0; r < 4; r++) *(float4 *)&scratch[(warp * 4 + r) * 128 + 4 * lane] = sum[r];
+        for (int r = 0; r < 4; r++) out[r * 32] = sum[r];
     }
-}
-// Column `column` of row r of the product.
-__device__ __forceinline__ float product(const float *scratch, int r, int column, int columns, int warps) {
+};
+// Column `column` of row r of such a product.
+__device__ __forceinline__ float product_at(const float *scratch, int r, int column, int columns, int warps) {
     const int share = warps / ((columns + 127) / 128), first = column / 128 * share;
     float sum = 0.f;
     for (int w = first; w < first + share; w++) sum += scratch[(w * 4 + r) * 128 + column % 128];

@@ -71,12 +71,6 @@ def most_products(tilings: Sequence[Tiling]) -> int:
     return -(-most // _BLOCKS) * _BLOCKS
 
 
-def most_sums(tilings: Sequence[Tiling]) -> tuple[int, int]:
-    """The most blocks of 4 and 2 bits, counted in pairs each, and of 1 bit that any head's values have."""
-    pairs = max(-(-n4 // 2) + -(-n2 // 2) for n4, n2, _ in (t.counts for t in tilings))
-    return 2 * max(1, pairs), max(1, *(t.counts[2] for t in tilings))
-
-
 def fold(coded: Sequence[Coded], rows: Rows) -> FoldedTiles:
     """Fold the codecs of all heads of one side; ``rows`` are "tokens" for keys.
 
