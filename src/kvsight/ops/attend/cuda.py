@@ -24,13 +24,13 @@ _ROWS = 4
 _FOLD_WARPS = 16
 # what a multiprocessor has of shared memory, and what every block takes of it unasked
 _SHARED, _RESERVED = 228 * 1024, 1024
-# as much of it as a warp can put to use, and its barriers; words of an item
-_RING, _BARRIERS, _ITEM = 24 * 1024, 128, 24
+# as much of it as a warp can put to use, its barriers and where its tiles begin; words of an item
+_RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 16, 24
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16
 _MOST_SPLITS = 512
 # bytes that could be read while a block, a tile apart from its blocks, or the begin of an item is worked on
-_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 80_000
+_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 160_000
 _MOST_ROW_TILES = 4
 MOST_ROWS = _ROWS * _MOST_ROW_TILES
 
@@ -107,8 +107,8 @@ class Shape:
 
     @property
     def folded(self) -> int:
-        """Words of a folded query: second operands, then factor and offset of each row's scores."""
-        return self.key_products * self.row_tiles * 64 + 2 * self.rows
+        """Words of a folded query: second operands, then what turns each row's sums into scores."""
+        return self.key_products * self.row_tiles * 64 + 4 * self.rows
 
     @property
     def shared_bytes(self) -> int:
@@ -125,7 +125,7 @@ class Shape:
     def least_ring(self) -> int:
         """What merges, which use the rings too, take of each."""
         rows, values = self.rows, CHUNK * self.value_blocks
-        warps = self.warps * rows * values
+        warps = self.warps * rows * (values + 8)
         exact = rows * (self.head_dim * (self.warps + 1) + 2 * self.warps)
         splits = rows * (values + 1 + _MOST_SPLITS) + 512 * self.warps
         return 4 * max(warps, exact, splits) // self.warps
@@ -372,7 +372,7 @@ def _no_exact(q: Tensor, heads: int) -> Exact:
 
 
 def _heads(keys: TiledTokens, values: TiledTokens) -> Tensor:
-    """The kernel's ``Head`` of every KV head as int64 [H, 8]: addresses, strides, counts of blocks, kinds."""
+    """The kernel's ``Head`` of every KV head, int64 [H, 8]: addresses, strides, counts of blocks, kinds."""
     rows: list[list[int]] = []
     listed = _kinds(keys.folded), _kinds(values.folded)
     for head in range(len(keys.tiles)):

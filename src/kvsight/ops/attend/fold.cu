@@ -25,8 +25,11 @@ __device__ void fold_block(const Arguments &a, float *memory) {
     const Number *query = a.query + owner * a.rows * HEAD_DIM;
     float *raw = memory, *folded = raw + ROWS * HEAD_DIM, *scale = folded + ROWS * KEYS, *scratch = scale + ROWS;
     // all columns, so that no load waits for another one
-    Product product(a.fold + (long long)head * HEAD_DIM * KEYS, HEAD_DIM, KEYS, KEYS, FOLD_WARPS);
+    Product<16> product(a.fold + (long long)head * HEAD_DIM * KEYS, HEAD_DIM, KEYS, KEYS, FOLD_WARPS);
+    // what the next kernel reads is behind that in the queues of memory
+    let_next_start();
     const Head h = a.heads[head];
+    const int total = a.ranges ? 0 : *a.seen;
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += FOLD_THREADS)
         raw[i] = i < a.rows * HEAD_DIM ? number(query[i]) : 0.f;
     __syncthreads();
@@ -34,8 +37,6 @@ __device__ void fold_block(const Arguments &a, float *memory) {
     for (int n = 0; n < ROW_TILES; n++) {
         if (n > 0) product.load(product.first);
         product.times(raw + 4 * n * HEAD_DIM, HEAD_DIM, scratch);
-        // from here on the tiles that the next kernel reads are not in the way of this one
-        if (n == ROW_TILES - 1) let_next_start();
         __syncthreads();
         for (int i = threadIdx.x; i < 4 * columns; i += FOLD_THREADS)
             folded[(4 * n + i / columns) * KEYS + i % columns] =
@@ -55,7 +56,8 @@ __device__ void fold_block(const Arguments &a, float *memory) {
         }
         if (lane == 0) {
             scale[r] = most / QUERY_RANGE;
-            ((float2 *)(out + FRAGMENTS))[r] = make_float2(most / QUERY_RANGE, shift);
+            const Range range = visible(a, total, sequence, r < a.rows ? r % a.queries : 0);
+            ((Row *)(out + FRAGMENTS))[r] = {most / QUERY_RANGE, shift, range.coded0, range.coded1};
         }
     }
     __syncthreads();

@@ -64,18 +64,12 @@ __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch
 
 constexpr int PER_LANE = (HEAD_DIM + LANES - 1) / LANES;
 constexpr int MOST_STAGES = 8;
+// rows of sums of warps lie so that lanes write to banks of their own
+constexpr int SPREAD = VALUES + 8;
 // partial results that are read at once
-constexpr int MERGED = 4;
+constexpr int MERGED = 8;
 // weights are kept below 2^16; a new reference puts the greatest at 2^13
 constexpr float HEADROOM = 15.98f, TARGET = 13.f;
-
-// `total` tokens of a sequence, where there are no ranges.
-__device__ __forceinline__ Range visible(const Arguments &a, int total, int sequence, int query) {
-    if (a.ranges) return a.ranges[sequence * a.queries + query];
-    const int coded = total - a.first - a.last;
-    const int upto = total - a.after - (a.queries - 1 - query);
-    return {0, min(upto, a.first), 0, max(0, min(upto - a.first, coded)), 0, max(0, upto - a.first - coded)};
-}
 
 __device__ __forceinline__ int key_words(const Head &h) { return 4 * h.key4 + 2 * h.key2 + h.key1; }
 __device__ __forceinline__ int value_words(const Head &h) { return 4 * h.value4 + 2 * h.value2 + h.value1; }
@@ -316,6 +310,7 @@ struct Memory {
     float *work;               // [2, WARPS, ROWS]
     Item *items;               // [3]: this one and the next two
     uint64_t *folded_barriers; // [2]
+    const uint8_t **tiles;     // [2]: where the sequence's keys and values begin, for the warp's first lane
     int total;                 // as in `visible`
 };
 
@@ -357,9 +352,10 @@ __device__ __forceinline__ const uint32_t *begin_item(const Arguments &a, const 
 
 // Coded tokens of one item: weighted sums of codes [ROWS, VALUES] and masses, merged over the block's warps.
 // `phases` are the parities that the warp's barriers complete with next.
-__device__ void attend_codes(const Arguments &a, int place, const Head &h, float *part, float2 *masses,
-                             const Memory &m, uint32_t &phases) {
+__device__ void attend_codes(const Arguments &a, int place, float *part, float2 *masses, const Memory &m,
+                             uint32_t &phases) {
     const Item &item = item_at(m, place);
+    const Head &h = item.h;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const int sequence = item.sequence;
     const int from = visible(a, m.total, sequence, 0).coded0;
@@ -371,26 +367,24 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
     const int stage_bytes = key_bytes + value_bytes;
     const int stages = max(1, min(MOST_STAGES, RING / max(stage_bytes, 1)));
     const int mine = max(0, (end - begin - warp + WARPS - 1) / WARPS);
-    const uint8_t *keys = h.keys + sequence * h.key_batch + (long long)(begin + warp) * key_bytes;
-    const uint8_t *values = h.values + sequence * h.value_batch + (long long)(begin + warp) * value_bytes;
-    if (lane == 0)
+    if (lane == 0) {
+        const uint8_t *keys = h.keys + sequence * h.key_batch, *values = h.values + sequence * h.value_batch;
+        m.tiles[0] = keys, m.tiles[1] = values;
 #pragma unroll 1
         for (int n = 0; n < min(stages, mine); n++) {
-            fill(m.ring + n * stage_bytes, keys, key_bytes, m.barriers + n);
-            fill(m.ring + n * stage_bytes + key_bytes, values, value_bytes, m.barriers + MOST_STAGES + n);
-            keys += WARPS * key_bytes, values += WARPS * value_bytes;
+            const long long tile = begin + warp + n * WARPS;
+            fill(m.ring + n * stage_bytes, keys + tile * key_bytes, key_bytes, m.barriers + n);
+            fill(m.ring + n * stage_bytes + key_bytes, values + tile * value_bytes, value_bytes,
+                 m.barriers + MOST_STAGES + n);
         }
+    }
     const uint32_t *folded = begin_item(a, m, place);
-    float row_scale[ROW_TILES], row_offset[ROW_TILES], reference[ROW_TILES], mass[ROW_TILES];
-    int row_from[ROW_TILES], row_to[ROW_TILES];
+    const Row *rows = (const Row *)(folded + FRAGMENTS) + t;
+    const int kinds = h.key_kind | h.value_kind << 16;
+    float reference[ROW_TILES], mass[ROW_TILES];
     Sums o;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
-        const int row = 4 * n + t;
-        const Range range = visible(a, m.total, sequence, row < a.rows ? row % a.queries : 0);
-        const float2 scale = ((const float2 *)(folded + FRAGMENTS))[row];
-        row_scale[n] = scale.x, row_offset[n] = scale.y;
-        row_from[n] = range.coded0, row_to[n] = range.coded1;
         reference[n] = NOTHING, mass[n] = 0.f;
         clear(o.sum[n]);
     }
@@ -401,30 +395,32 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
         const bool more = lane == 0 && n + stages < mine;
         Scores s;
         barrier_wait(m.barriers + stage, phases >> stage & 1);
-        score_kind(h.key_kind, s, tile, (const uint2 *)folded + lane, lane);
+        score_kind(kinds & 0xffff, s, tile, (const uint2 *)folded + lane, lane);
         __syncwarp();
-        if (more) fill(tile, keys, key_bytes, m.barriers + stage);
+        const int next = token / TOKENS + stages * WARPS;
+        if (more) fill(tile, m.tiles[0] + (long long)next * key_bytes, key_bytes, m.barriers + stage);
         Weights p;
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
+            const Row row = rows[4 * r];
             float x[GROUPS][2], most = -INF;
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
                 const int *c = s.sum[r][j];
-                x[j][0] = fmaf((float)(c[0] * 256 + c[1]), row_scale[r], row_offset[r]);
-                x[j][1] = fmaf((float)(c[2] * 256 + c[3]) * 0.0625f, row_scale[r], row_offset[r]);
+                x[j][0] = fmaf((float)(c[0] * 256 + c[1]), row.factor, row.offset);
+                x[j][1] = fmaf((float)(c[2] * 256 + c[3]) * 0.0625f, row.factor, row.offset);
             }
             if (a.softcap > 0.f)
 #pragma unroll
                 for (int j = 0; j < GROUPS; j++)
                     x[j][0] = capped(x[j][0], a.softcap * LOG2E), x[j][1] = capped(x[j][1], a.softcap * LOG2E);
-            if (token < row_from[r] || token + TOKENS > row_to[r])
+            if (token < row.from || token + TOKENS > row.to)
 #pragma unroll
                 for (int j = 0; j < GROUPS; j++)
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         const int at = token + 16 * j + 8 * i + g;
-                        if (at < row_from[r] || at >= row_to[r]) x[j][i] = -INF;
+                        if (at < row.from || at >= row.to) x[j][i] = -INF;
                     }
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) most = fmaxf(most, fmaxf(x[j][0], x[j][1]));
@@ -447,19 +443,18 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
             }
         }
         barrier_wait(m.barriers + MOST_STAGES + stage, phases >> stage & 1);
-        mix_kind(h.value_kind, o, tile + key_bytes, p, lane);
+        mix_kind(kinds >> 16, o, tile + key_bytes, p, lane);
         __syncwarp();
-        if (more) {
-            fill(tile + key_bytes, values, value_bytes, m.barriers + MOST_STAGES + stage);
-            keys += WARPS * key_bytes, values += WARPS * value_bytes;
-        }
+        if (more)
+            fill(tile + key_bytes, m.tiles[1] + (long long)next * value_bytes, value_bytes,
+                 m.barriers + MOST_STAGES + stage);
         phases ^= 1u << stage;
         stage = stage + 1 == stages ? 0 : stage + 1;
     }
     __syncthreads();
 
     // merge the warps; the rings are free now
-    float *sums = (float *)m.all;                  // [WARPS, ROWS, VALUES]
+    float *sums = (float *)m.all;                  // [WARPS, ROWS, SPREAD]
     float *warp_mass = m.work;                     // [2, WARPS, ROWS]: masses, references
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
@@ -469,7 +464,7 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
             warp_mass[warp * ROWS + 4 * n + t] = mass[n];
             warp_mass[(WARPS + warp) * ROWS + 4 * n + t] = reference[n];
         }
-        float *row = sums + (warp * ROWS + 4 * n + t) * VALUES + g;
+        float *row = sums + (warp * ROWS + 4 * n + t) * SPREAD + g;
 #pragma unroll
         for (int b = 0; b < VALUE_BLOCKS; b++) store_sums(row + 16 * b, o.sum[n][b], b < h.value4);
     }
@@ -489,7 +484,7 @@ __device__ void attend_codes(const Arguments &a, int place, const Head &h, float
             float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
-                const float4 x = *(const float4 *)&sums[(w * ROWS + row) * VALUES + column];
+                const float4 x = *(const float4 *)&sums[(w * ROWS + row) * SPREAD + column];
                 sum.x = fmaf(x.x, weight[w], sum.x), sum.y = fmaf(x.y, weight[w], sum.y);
                 sum.z = fmaf(x.z, weight[w], sum.z), sum.w = fmaf(x.w, weight[w], sum.w);
             }
@@ -568,6 +563,17 @@ __device__ void attend_exact(const Arguments &a, int sequence, int head, float *
     }
 }
 
+// Four columns of partial results `from` and behind.
+__device__ __forceinline__ void load_parts(float4 (&x)[MERGED], const float *parts, int quad, int columns, int from,
+                                           int coded) {
+    const int row = quad / (columns / 4), column = quad % (columns / 4) * 4;
+#pragma unroll
+    for (int k = 0; k < MERGED; k++) {
+        const int s = min(from + k, coded - 1);
+        x[k] = __ldcg((const float4 *)&parts[((long long)s * ROWS + row) * WIDTH + column]);
+    }
+}
+
 // The last block of a KV head adds up all splits and maps the sums of codes to head_dim.
 __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h, int splits, float *memory) {
     const int head = item.head, coded = item.coded, sequence = item.sequence;
@@ -576,7 +582,10 @@ __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h
     const int columns = 16 * (h.value4 + h.value2 + h.value1), group = a.rows / a.queries;
     float *sums = memory, *share = sums + ROWS * VALUES, *scratch = share + ROWS, *weights = scratch + WARPS * 512;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    Product product(a.unfold + (long long)head * VALUES * HEAD_DIM, columns, HEAD_DIM, HEAD_DIM, WARPS);
+    // its loads depend on nothing before them
+    Product<16> product(a.unfold + (long long)head * VALUES * HEAD_DIM, columns, HEAD_DIM, HEAD_DIM, WARPS);
+    const int quads = ROWS * columns / 4;
+
     for (int row = warp; row < ROWS; row += WARPS) {
         const bool real = row < a.rows, has_sink = real && a.sink_logits;
         const float sink = has_sink ? a.sink_logits[head * group + row / a.queries] * LOG2E : NOTHING;
@@ -602,16 +611,12 @@ __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h
         if (lane == 0) share[row] = codes * inverse;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * columns / 4; i += THREADS) {
+    for (int i = threadIdx.x; i < quads; i += THREADS) {
         const int row = i / (columns / 4), column = i % (columns / 4) * 4;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int from = 0; from < coded; from += MERGED) {
             float4 x[MERGED];
-#pragma unroll
-            for (int k = 0; k < MERGED; k++) {
-                const int s = min(from + k, coded - 1);
-                x[k] = __ldcg((const float4 *)&parts[((long long)s * ROWS + row) * WIDTH + column]);
-            }
+            load_parts(x, parts, i, columns, from, coded);
 #pragma unroll
             for (int k = 0; k < MERGED; k++) {
                 const float weight = from + k < coded ? weights[(from + k) * ROWS + row] : 0.f;
@@ -645,7 +650,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     Item *items = (Item *)(folded_barriers + 2);
     uint32_t *folded = (uint32_t *)(items + 3);
     const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, folded,
-                      (float *)(folded + 2 * FOLDED), items, folded_barriers, a.ranges ? 0 : *a.seen};
+                      (float *)(folded + 2 * FOLDED), items, folded_barriers,
+                      (const uint8_t **)(folded + 2 * FOLDED) + WARPS * ROWS + 2 * warp, a.ranges ? 0 : *a.seen};
     fetch_item(a, m, 0), fetch_item(a, m, 1);
     if (lane < 2 * MOST_STAGES) barrier_init(m.barriers + lane);
     if (threadIdx.x < 2) barrier_init(folded_barriers + threadIdx.x);
@@ -655,13 +661,12 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     for (int n = 0; n < a.item_count; n++) {
         const Item &item = item_at(m, n);
         if (item.head < 0) break;
-        const Head h = item.h;
         const int splits = item.coded + (a.first + a.last > 0);
         const long long slot = item.slot + item.split;
         float *part = a.partial + slot * ROWS * WIDTH;
         float2 *masses = a.masses + slot * ROWS;
         if (item.split < item.coded)
-            attend_codes(a, n, h, part, masses, m, phases);
+            attend_codes(a, n, part, masses, m, phases);
         else
             begin_item(a, m, n), attend_exact(a, item.sequence, item.head, part, masses, m);
         __syncthreads();
@@ -674,7 +679,7 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
             __threadfence();
         }
         __syncthreads();
-        if (*last) merge_splits(a, item, h, splits, (float *)memory);
+        if (*last) merge_splits(a, item, item.h, splits, (float *)memory);
         fence_copies();
         __syncthreads();
     }

@@ -12,8 +12,8 @@ constexpr int LANES = 32, TOKENS = 64, GROUPS = 4, THREADS = WARPS * LANES;
 constexpr int ROWS = 4 * ROW_TILES;
 constexpr int KEYS = KEY_BLOCKS * 16, VALUES = VALUE_BLOCKS * 16;
 constexpr int WIDTH = VALUES > HEAD_DIM ? VALUES : HEAD_DIM;
-// words of a folded query: second operands, then factor and offset of each row's scores
-constexpr int FRAGMENTS = KEY_PRODUCTS * ROW_TILES * LANES * 2, FOLDED = FRAGMENTS + 2 * ROWS;
+// words of a folded query: second operands, then a `Row` for each row
+constexpr int FRAGMENTS = KEY_PRODUCTS * ROW_TILES * LANES * 2, FOLDED = FRAGMENTS + 4 * ROWS;
 // 16-bit fixed point of the query; with more than 256 columns an int32 sum would not hold it
 constexpr float QUERY_RANGE = KEYS > 256 ? 32500.f * 256 / KEYS : 32500.f;
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
@@ -36,6 +36,11 @@ struct Item {
 // see from and to no less.
 struct Range {
     int first0, first1, coded0, coded1, last0, last1;
+};
+// What turns a query row's integer scores into scores in log2 units, and the coded tokens that it sees.
+struct alignas(16) Row {
+    float factor, offset;
+    int from, to;
 };
 struct Arguments {
     const Number *query;         // [B, heads, rows, HEAD_DIM]
@@ -61,10 +66,9 @@ struct Arguments {
 };
 
 // x [4, n] @ m [n, columns] by the `warps` of a block, which share columns and the n rows of m. A lane takes four
-// columns of every share-th row, 16 rows at a time, so that their loads are under way at once: the first of them
+// columns of every share-th row, AT_ONCE rows at a time, so that their loads are under way at once: the first of them
 // before x is there.
-constexpr int AT_ONCE = 16;
-struct Product {
+template <int AT_ONCE> struct Product {
     const float *m;
     int n, stride, share, first, column;
     float4 rows[AT_ONCE], sum[4];
@@ -111,4 +115,12 @@ __device__ __forceinline__ float product_at(const float *scratch, int r, int col
     float sum = 0.f;
     for (int w = first; w < first + share; w++) sum += scratch[(w * 4 + r) * 128 + column % 128];
     return sum;
+}
+
+// `total` tokens of a sequence, where there are no ranges.
+__device__ __forceinline__ Range visible(const Arguments &a, int total, int sequence, int query) {
+    if (a.ranges) return a.ranges[sequence * a.queries + query];
+    const int coded = total - a.first - a.last;
+    const int upto = total - a.after - (a.queries - 1 - query);
+    return {0, min(upto, a.first), 0, max(0, min(upto - a.first, coded)), 0, max(0, upto - a.first - coded)};
 }
