@@ -16,6 +16,7 @@ from kvsight.ops.attend.cuda import (
     token_ranges,
 )
 from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
+from kvsight.ops.attend.schedule import ONE, schedule
 from kvsight.ops.attend.tiles import fold
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
 from kvsight.packing import pack_row, unpack_row
@@ -271,9 +272,41 @@ def test_runs_are_equal_and_leave_the_counters_at_zero(emulated):
 @pytest.mark.parametrize("blocks", [4, 16, 32])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_shapes_fit_a_multiprocessor(dim, blocks, row_tiles):
-    widest = 2 * 128 * 4 * blocks
-    shape = Shape(dim, blocks, blocks, row_tiles, 0).fitting(widest)
-    assert shape.shared_bytes <= 227 * 1024
-    assert shape.ring >= max(widest, shape.least_ring) and shape.ring % 128 == 0
+    widest = 2 * 128 * 4 * min(blocks, dim // 8)
+    kinds = ((blocks, 0, 0),)
+    shape = Shape(dim, blocks, blocks, blocks, kinds, kinds, row_tiles, 0).fitting(widest)
+    assert shape.blocks * (shape.shared_bytes + 1024) <= 228 * 1024
+    assert shape.ring >= widest and shape.ring % 128 == 0
     with pytest.raises(KVSightError, match="do not fit the shared memory"):
         shape.fitting(1 << 18)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("workers", [1, 5, 64, 264])
+@pytest.mark.parametrize(("batch", "tiles"), [(1, 1), (1, 2048), (3, 9), (32, 64)])
+def test_schedules_cover_every_tile_once_at_equal_cost(batch, tiles, workers, exact):
+    costs = (900, 5000, 1, 3000)
+    lists = schedule(costs, batch, tiles, workers, entry=0, exact=exact)
+    assert len(lists) <= workers
+    spent, seen = [], {}
+    for own in lists:
+        spent.append(sum(costs[i.head] * tiles * (i.stop - i.start) / ONE for i in own))
+        for item in own:
+            seen.setdefault((item.sequence, item.head), []).append(item)
+    assert set(seen) == {(b, h) for b in range(batch) for h in range(len(costs))}
+    for parts in seen.values():
+        coded = [p for p in parts if p.split < p.coded]
+        assert [p.split for p in parts] == list(range(len(coded) + exact))
+        assert {p.coded for p in parts} == {len(coded)} and len({p.slot for p in parts}) == 1
+        assert [p.start for p in coded] == [0, *(p.stop for p in coded[:-1])] and coded[-1].stop == ONE
+    slots = sorted(i.slot + i.split for own in lists for i in own)
+    assert slots == list(range(len(slots)))
+    assert max(spent) <= 1.01 * sum(spent) / len(spent) + max(costs) * tiles / 1000
+
+
+def test_beginning_with_another_head_is_work_too():
+    # of three equal workers one reads the ends of two heads, and fewer tiles of each
+    lists = schedule((100, 100), 1, 300, 3, entry=5000, exact=False)
+    tiles = [sum(i.stop - i.start for i in own) * 300 / ONE for own in lists]
+    assert [len(own) for own in lists] == [1, 2, 1]
+    assert tiles[0] - tiles[1] == pytest.approx(50, abs=1)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 ONE = 1 << 20
 # a block of threads is worth its while from so many tiles
 _LEAST = 8
+_HALVINGS = 12
 
 
 class Item(NamedTuple):
@@ -37,26 +38,17 @@ def schedule(
     Args:
         costs: of a tile of each KV head, in any unit.
         tiles: of each head of each sequence, about.
-        entry: cost of beginning with another head.
+        entry: cost of beginning with another head once one has ended.
         exact: whether there are exact tokens.
     """
     workers = max(1, min(workers, -(-batch * len(costs) * tiles // _LEAST)))
-    spans = [(b, h, cost * tiles + entry) for b in range(batch) for h, cost in enumerate(costs)]
-    total = sum(span for _, _, span in spans)
-    parts: list[list[tuple[int, int, int, int]]] = [[] for _ in range(workers)]
-    at = 0
-    for sequence, head, span in spans:
-        # the first worker whose slice ends behind the start of this span
-        worker, done = at * workers // total, 0
-        while done < ONE:
-            end = min((worker + 1) * total // workers - at, span)
-            last = end >= span or worker == workers - 1
-            upto = ONE if last else max(0, end - entry) * ONE // (span - entry)
-            if upto > done:
-                parts[worker].append((sequence, head, done, upto))
-                done = upto
-            worker += 1
-        at += span
+    spans = [(b, h, cost * tiles) for b in range(batch) for h, cost in enumerate(costs)]
+    low = sum(span for _, _, span in spans) / workers
+    high = low + entry * len(spans) / workers + max(span for _, _, span in spans)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(_cut(spans, middle, entry)) <= workers else (middle, high)
+    parts = _cut(spans, high, entry)
     counts: dict[tuple[int, int], int] = {}
     for own in parts:
         for sequence, head, _, _ in own:
@@ -77,4 +69,29 @@ def schedule(
                 items.append(Item(*key, counts[key], counts[key], slots[key], 0, 0))
         if items:
             out.append(items)
+    return out
+
+
+def _cut(
+    spans: Sequence[tuple[int, int, int]], capacity: float, entry: int
+) -> list[list[tuple[int, int, int, int]]]:
+    """Spans (sequence, head, cost) in order, cut so that no block has more than ``capacity`` to do.
+
+    Parts are (sequence, head, start, stop) in units of ``ONE``.
+    """
+    out: list[list[tuple[int, int, int, int]]] = [[]]
+    left = capacity
+    for sequence, head, cost in spans:
+        start = 0
+        while start < ONE:
+            if out[-1]:
+                left -= entry
+            if left * ONE < cost:
+                # less than the smallest part is left
+                out.append([])
+                left = capacity
+            stop = min(ONE, start + max(1, int(left * ONE / cost)))
+            out[-1].append((sequence, head, start, stop))
+            left -= (stop - start) * cost / ONE
+            start = stop
     return out
