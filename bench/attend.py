@@ -45,21 +45,24 @@ class Case:
     dim: int = 128
 
 
-def layer(case: Case, bits: float, seed: int) -> tuple[FoldedTiles, FoldedTiles]:
-    """Folded codecs of one layer whose K and V share a budget of ``bits`` per element."""
+def head_widths(case: Case, bits: float, seed: int) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Widths and variances of all heads, keys first, that share ``bits`` per element."""
     draw = torch.Generator().manual_seed(seed)
     speed = torch.rand(2 * case.heads, 1, generator=draw, dtype=torch.float64) * 5 + 2
     level = torch.randn(2 * case.heads, 1, generator=draw, dtype=torch.float64)
-    at = torch.arange(case.dim) / case.dim
-    variances = torch.exp(level - speed * at)
-    total = int(bits * variances.numel() / 8)
-    sizes = share_bytes(variances, total, DISTORTION, 2)
+    variances = torch.exp(level - speed * torch.arange(case.dim) / case.dim)
+    sizes = share_bytes(variances, int(bits * variances.numel() / 8), DISTORTION, 2)
     menu = row_widths(variances, DISTORTION, 16, WIDTHS)
+    return [(tuple(menu[i, size].tolist()), variances[i]) for i, size in enumerate(sizes)]
+
+
+def layer(case: Case, bits: float, seed: int) -> tuple[FoldedTiles, FoldedTiles]:
+    """Folded codecs of one layer whose K and V share a budget of ``bits`` per element."""
+    draw = torch.Generator().manual_seed(seed)
     parts: tuple[list[Coded], list[Coded]] = ([], [])
-    for i, size in enumerate(sizes):
-        widths = tuple(menu[i, size].tolist())
+    for i, (widths, variances) in enumerate(head_widths(case, bits, seed)):
         quantizer = row_quantizer(widths, uniform)
-        inverse = variances[i, :, None].sqrt().float() * haar(case.dim, seed + i).inverse_matrix[0].float()
+        inverse = variances[:, None].sqrt().float() * haar(case.dim, seed + i).inverse_matrix[0].float()
         stored = sum(w > 0 for w in widths)
         folded = Folded(inverse[None, :stored], torch.randn(1, case.dim, generator=draw))
         empty = Packed(Row(widths), (torch.empty(1, 1, 0, Row(widths).row_bytes, dtype=torch.uint8),))

@@ -1,5 +1,7 @@
 """The tile kernel, run on the CPU by an emulator of its intrinsics, against attention in plain torch."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
@@ -13,14 +15,18 @@ from kvsight.ops.attend.cuda import (
     Shape,
     TiledTokens,
     TileReader,
+    attend_tiles,
     token_ranges,
 )
 from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
 from kvsight.ops.attend.schedule import ONE, schedule
-from kvsight.ops.attend.tiles import fold
+from kvsight.ops.attend.tiles import FoldedTiles, fold
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
 from kvsight.packing import pack_row, unpack_row
 from kvsight.tiling import TOKENS, WIDTHS
+
+# an emulator where there is no GPU
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 MIXES = (
     ((4, 4, 4, 4), (4, 4, 4, 4)),
@@ -74,6 +80,8 @@ def tiled(parts, rows, tokens, skip=0):
 def run(emulated, call):
     shape = call.shape
     call.out.fill_(float("nan"))
+    if call.out.is_cuda:
+        return attend_tiles(call).cpu()
     arguments = Arguments(**call.values)
     fold = emulated("attend_tiles.cpp", FOLD_SOURCES, (*shape.macros(), ("FOLD", 1)))
     fold((call.values["head_count"], call.batch, 1), arguments, shape.fold_bytes)
@@ -82,9 +90,22 @@ def run(emulated, call):
     return call.out
 
 
+def moved(x):
+    """Whatever a call is made of, to the device that runs it."""
+    match x:
+        case torch.Tensor():
+            return x.to(DEVICE)
+        case TiledTokens() | FoldedTiles() | Exact():
+            return replace(x, **{f.name: moved(getattr(x, f.name)) for f in fields(x)})
+        case tuple():
+            return tuple(map(moved, x))
+    return x
+
+
 def prepared(q, keys, values, ranges, *, scaling, **options):
-    reader = TileReader.of(keys, values, scaling)
-    return reader.call(q, keys.tokens, ranges, skip=keys.skip, **options)
+    reader = TileReader.of(moved(keys), moved(values), scaling)
+    more = {name: moved(option) for name, option in options.items()}
+    return reader.call(moved(q), keys.tokens, moved(ranges), skip=keys.skip, **more)
 
 
 SMALL = {"warps": 2, "ring": 32 * 1024}

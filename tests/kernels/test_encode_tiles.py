@@ -7,6 +7,7 @@ from kvsight.codec import Codec
 from kvsight.ops.encode.tiles import (
     SOURCES,
     Encoder,
+    FoldedEncoder,
     TileWriter,
     fold_encoder,
     shared_bytes,
@@ -45,6 +46,15 @@ def fractions(codec, x):
     return (((y - first) / (second - first) - 0.5).remainder(1) - 0.5).abs() - 0.5
 
 
+def write_on_gpu(folded, tiles, new, seen, first):
+    heads = len(tiles) // 2
+    held = [tile.cuda() for tile in tiles]
+    there = [FoldedEncoder(f.tilings, f.map.cuda(), f.shift.cuda()) for f in folded]
+    writer = TileWriter.of(*there, held[:heads], held[heads:])
+    writer.write(new[0].cuda(), new[1].cuda(), seen.cuda(), first)
+    return [tile.cpu() for tile in held]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (5, 3), (62, 5), (64, 1), (120, 16)])
 @pytest.mark.parametrize("first", [0, 2])
@@ -70,8 +80,11 @@ def test_new_tokens_join_their_tiles(emulated, start, count, first, dtype):
     twins = [tile.clone() for tile in tiles]
     encoders = sides[0][1], sides[1][1]
     write_tiles_ref(encoders, (twins[:heads], twins[heads:]), *new, start)
-    launch = emulated("encode_tiles.cpp", SOURCES, writer.macros(dtype))
-    launch(writer.grid(batch), writer.arguments(*new, seen, first), shared_bytes(DIM))
+    if torch.cuda.is_available():
+        tiles = write_on_gpu([folded for _, folded in sides], tiles, new, seen, first)
+    else:
+        launch = emulated("encode_tiles.cpp", SOURCES, writer.macros(dtype))
+        launch(writer.grid(batch), writer.arguments(*new, seen, first), shared_bytes(DIM))
     for i, (codes, packed) in enumerate(zip(before, tiles, strict=True)):
         (codecs, folded), tokens = sides[i // heads], new[i // heads]
         head = i % heads

@@ -29,10 +29,8 @@ _RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 16, 24
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16
 _MOST_SPLITS = 512
-# columns that warps are merged at a time
-_MERGED = 128
 # bytes that could be read while a block, a tile apart from its blocks, or the begin of an item is worked on
-_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 160_000
+_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 200_000
 _MOST_ROW_TILES = 4
 MOST_ROWS = _ROWS * _MOST_ROW_TILES
 
@@ -100,7 +98,6 @@ class Shape:
             ("NUMBER", self.number),
             ("WARPS", self.warps),
             ("RING", self.ring),
-            ("MERGE", self.merge_bytes),
             ("BLOCKS", self.blocks),
         )
 
@@ -116,8 +113,7 @@ class Shape:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        own = self.warps * (self.ring + _BARRIERS + 8 * self.rows)
-        return own + self.merge_bytes + 8 * self.folded + 3 * 4 * _ITEM + 16
+        return self.warps * (self.ring + _BARRIERS + 8 * self.rows) + 8 * self.folded + 3 * 4 * _ITEM + 16
 
     @property
     def fold_bytes(self) -> int:
@@ -126,13 +122,13 @@ class Shape:
         return 4 * (self.rows * (self.head_dim + keys + 1) + _FOLD_WARPS * 512)
 
     @property
-    def merge_bytes(self) -> int:
-        """Shared memory for merges of warps, of exact tokens, of splits."""
-        warps = 4 * self.warps * (_MERGED + 8)
-        exact = self.rows * (self.head_dim * (self.warps + 1) + 2 * self.warps)
-        scratch = max(512 * self.warps, self.rows * _MOST_SPLITS)
-        splits = self.rows * (CHUNK * self.value_blocks + 2) + scratch
-        return -(-4 * max(warps, exact, splits) // 128) * 128
+    def least_ring(self) -> int:
+        """What merges, which use the rings too, take of each."""
+        rows, values = self.rows, CHUNK * self.value_blocks
+        warps = self.warps * rows * (values + 8)
+        exact = rows * (self.head_dim * (self.warps + 1) + 2 * self.warps)
+        splits = rows * (values + 1 + _MOST_SPLITS) + 512 * self.warps
+        return 4 * max(warps, exact, splits) // self.warps
 
     def fitting(self, tile_bytes: int) -> "Shape":
         """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
@@ -141,8 +137,9 @@ class Shape:
             bare = replace(self, warps=warps, ring=0, blocks=blocks)
             room = _SHARED // blocks - _RESERVED
             ring = (room - bare.shared_bytes) // warps // 128 * 128
-            if ring >= tile_bytes:
-                return replace(bare, ring=min(ring, max(-(-tile_bytes // 128) * 128, _RING)))
+            wanted = max(tile_bytes, bare.least_ring)
+            if ring >= wanted:
+                return replace(bare, ring=min(ring, max(-(-wanted // 128) * 128, _RING)))
         raise KVSightError(
             f"tiles of {tile_bytes} bytes do not fit the shared memory of a multiprocessor; "
             "fit the plan with fewer bits."

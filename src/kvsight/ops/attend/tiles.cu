@@ -56,14 +56,16 @@ __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes,
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
+// what ordinary stores left in shared memory may be overwritten by bulk copies from here on
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_fold() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #endif
 
 constexpr int PER_LANE = (HEAD_DIM + LANES - 1) / LANES;
 constexpr int MOST_STAGES = 8;
-// warps are merged so many blocks at a time; their rows lie so that lanes write to banks of their own
-constexpr int MERGED_BLOCKS = 8, SPREAD = 16 * MERGED_BLOCKS + 8;
+// rows of sums of warps lie so that lanes write to banks of their own
+constexpr int SPREAD = VALUES + 8;
 // partial results that are read at once
 constexpr int MERGED = 8;
 // weights are kept below 2^16; a new reference puts the greatest at 2^13
@@ -300,11 +302,10 @@ __device__ __forceinline__ float capped(float score, float cap) {
     return copysignf(cap * (1.f - 2.f / (e + 1.f)), score);
 }
 
-// What a warp has in shared memory, and what all of a block's share.
+// What a warp has in shared memory, and what all of a block's share, but for `all`: the rings, which merges use, too.
 struct Memory {
-    unsigned char *ring;       // of the warp
+    unsigned char *all, *ring;
     uint64_t *barriers;        // of the warp: MOST_STAGES for keys, as many for values
-    float *merge;
     uint32_t *folded;          // [2, FOLDED]: of this item and of the next
     float *work;               // [2, WARPS, ROWS]
     Item *items;               // [3]: this one and the next two
@@ -337,7 +338,7 @@ __device__ __forceinline__ void prefetch_unfold(const Arguments &a, const Item &
         prefetch(matrix + i);
 }
 
-// What all items begin with, once their first tiles are under way. Returns the item's folded query.
+// What all items begin with, after a warp's first tiles are under way. Returns the item's folded query.
 __device__ __forceinline__ const uint32_t *begin_item(const Arguments &a, const Memory &m, int n) {
     if (threadIdx.x == 0) {
         if (n == 0) wait_for_fold(), fetch_query(a, m, 0);
@@ -349,66 +350,6 @@ __device__ __forceinline__ const uint32_t *begin_item(const Arguments &a, const 
     return m.folded + n % 2 * FOLDED;
 }
 
-// A warp's share of an item's tiles: every WARPS-th from `first`, and how they go through the ring.
-struct Stream {
-    int first, count, stages, key_bytes, value_bytes;
-};
-__device__ __forceinline__ Stream stream_of(const Arguments &a, const Memory &m, const Item &item) {
-    const int from = visible(a, m.total, item.sequence, 0).coded0;
-    const int to = visible(a, m.total, item.sequence, a.queries - 1).coded1;
-    const int tile0 = from / TOKENS, tiles = max(0, (to + TOKENS - 1) / TOKENS - tile0);
-    const int begin = tile0 + (int)((long long)tiles * item.from >> 20) + threadIdx.x / LANES;
-    const int end = tile0 + (int)((long long)tiles * item.to >> 20);
-    const int key_bytes = 128 * key_words(item.h), value_bytes = 128 * value_words(item.h);
-    const int stages = max(1, min(MOST_STAGES, RING / max(key_bytes + value_bytes, 1)));
-    return {begin, max(0, (end - begin + WARPS - 1) / WARPS), stages, key_bytes, value_bytes};
-}
-// The first tiles of item n are on their way while the block still merges the item before.
-__device__ __forceinline__ void start_item(const Arguments &a, const Memory &m, int n) {
-    if (threadIdx.x % LANES || n >= a.item_count) return;
-    const Item &item = item_at(m, n);
-    if (item.head < 0 || item.split >= item.coded) return;
-    const Stream s = stream_of(a, m, item);
-    const uint8_t *keys = item.h.keys + item.sequence * item.h.key_batch;
-    const uint8_t *values = item.h.values + item.sequence * item.h.value_batch;
-    m.tiles[0] = keys, m.tiles[1] = values;
-    unsigned char *slot = m.ring;
-#pragma unroll 1
-    for (int i = 0; i < min(s.stages, s.count); i++) {
-        const long long tile = s.first + i * WARPS;
-        fill(slot, keys + tile * s.key_bytes, s.key_bytes, m.barriers + i);
-        fill(slot + s.key_bytes, values + tile * s.value_bytes, s.value_bytes, m.barriers + MOST_STAGES + i);
-        slot += s.key_bytes + s.value_bytes;
-    }
-}
-
-// Add up what warps left of some columns of four rows.
-__device__ __forceinline__ void merge_warps(const Memory &m, int n, int first, int columns, float *part,
-                                            float2 *masses) {
-    const int lane = threadIdx.x % LANES;
-    for (int r = threadIdx.x / LANES; r < 4; r += WARPS) {
-        const int row = 4 * n + r, column = first + 4 * lane;
-        float top = NOTHING, total = 0.f, weight[WARPS];
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, m.work[(WARPS + w) * ROWS + row]);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            weight[w] = exp2_fast(m.work[(WARPS + w) * ROWS + row] - top);
-            total = fmaf(m.work[w * ROWS + row], weight[w], total);
-        }
-        if (first == 0 && lane == 0) masses[row] = make_float2(top, total);
-        if (column >= columns) continue;
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            const float4 x = *(const float4 *)&m.merge[(w * 4 + r) * SPREAD + 4 * lane];
-            sum.x = fmaf(x.x, weight[w], sum.x), sum.y = fmaf(x.y, weight[w], sum.y);
-            sum.z = fmaf(x.z, weight[w], sum.z), sum.w = fmaf(x.w, weight[w], sum.w);
-        }
-        *(float4 *)&part[row * WIDTH + column] = sum;
-    }
-}
-
 // Coded tokens of one item: weighted sums of codes [ROWS, VALUES] and masses, merged over the block's warps.
 // `phases` are the parities that the warp's barriers complete with next.
 __device__ void attend_codes(const Arguments &a, int place, float *part, float2 *masses, const Memory &m,
@@ -416,9 +357,27 @@ __device__ void attend_codes(const Arguments &a, int place, float *part, float2 
     const Item &item = item_at(m, place);
     const Head &h = item.h;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
-    const Stream stream = stream_of(a, m, item);
-    const int key_bytes = stream.key_bytes, value_bytes = stream.value_bytes, stages = stream.stages;
-    const int stage_bytes = key_bytes + value_bytes, mine = stream.count;
+    const int sequence = item.sequence;
+    const int from = visible(a, m.total, sequence, 0).coded0;
+    const int to = visible(a, m.total, sequence, a.queries - 1).coded1;
+    const int tile0 = from / TOKENS, tiles = max(0, (to + TOKENS - 1) / TOKENS - tile0);
+    const int begin = tile0 + (int)((long long)tiles * item.from >> 20);
+    const int end = tile0 + (int)((long long)tiles * item.to >> 20);
+    const int key_bytes = 128 * key_words(h), value_bytes = 128 * value_words(h);
+    const int stage_bytes = key_bytes + value_bytes;
+    const int stages = max(1, min(MOST_STAGES, RING / max(stage_bytes, 1)));
+    const int mine = max(0, (end - begin - warp + WARPS - 1) / WARPS);
+    if (lane == 0) {
+        const uint8_t *keys = h.keys + sequence * h.key_batch, *values = h.values + sequence * h.value_batch;
+        m.tiles[0] = keys, m.tiles[1] = values;
+#pragma unroll 1
+        for (int n = 0; n < min(stages, mine); n++) {
+            const long long tile = begin + warp + n * WARPS;
+            fill(m.ring + n * stage_bytes, keys + tile * key_bytes, key_bytes, m.barriers + n);
+            fill(m.ring + n * stage_bytes + key_bytes, values + tile * value_bytes, value_bytes,
+                 m.barriers + MOST_STAGES + n);
+        }
+    }
     const uint32_t *folded = begin_item(a, m, place);
     const Row *rows = (const Row *)(folded + FRAGMENTS) + t;
     const int kinds = h.key_kind | h.value_kind << 16;
@@ -430,7 +389,7 @@ __device__ void attend_codes(const Arguments &a, int place, float *part, float2 
         clear(o.sum[n]);
     }
 
-    int stage = 0, token = stream.first * TOKENS;
+    int stage = 0, token = (begin + warp) * TOKENS;
     for (int n = 0; n < mine; n++, token += WARPS * TOKENS) {
         unsigned char *tile = m.ring + stage * stage_bytes;
         const bool more = lane == 0 && n + stages < mine;
@@ -492,10 +451,11 @@ __device__ void attend_codes(const Arguments &a, int place, float *part, float2 
         phases ^= 1u << stage;
         stage = stage + 1 == stages ? 0 : stage + 1;
     }
-    start_item(a, m, place + 1);
+    __syncthreads();
 
+    // merge the warps; the rings are free now
+    float *sums = (float *)m.all;                  // [WARPS, ROWS, SPREAD]
     float *warp_mass = m.work;                     // [2, WARPS, ROWS]: masses, references
-    const int columns = 16 * (h.value4 + h.value2 + h.value1);
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
@@ -504,19 +464,33 @@ __device__ void attend_codes(const Arguments &a, int place, float *part, float2 
             warp_mass[warp * ROWS + 4 * n + t] = mass[n];
             warp_mass[(WARPS + warp) * ROWS + 4 * n + t] = reference[n];
         }
+        float *row = sums + (warp * ROWS + 4 * n + t) * SPREAD + g;
+#pragma unroll
+        for (int b = 0; b < VALUE_BLOCKS; b++) store_sums(row + 16 * b, o.sum[n][b], b < h.value4);
     }
+    __syncthreads();
+    const int columns = 16 * (h.value4 + h.value2 + h.value1);
+    for (int row = warp; row < ROWS; row += WARPS) {
+        float top = NOTHING, total = 0.f;
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, warp_mass[(WARPS + w) * ROWS + row]);
+        float weight[WARPS];
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-        for (int from = 0; from < VALUE_BLOCKS; from += MERGED_BLOCKS) {
-            float *mine = m.merge + (warp * 4 + t) * SPREAD + g;   // of [WARPS, 4, SPREAD]
-#pragma unroll
-            for (int b = from; b < min(VALUE_BLOCKS, from + MERGED_BLOCKS); b++)
-                store_sums(mine + 16 * (b - from), o.sum[n][b], b < h.value4);
-            __syncthreads();
-            merge_warps(m, n, 16 * from, columns, part, masses);
-            __syncthreads();
+        for (int w = 0; w < WARPS; w++) {
+            weight[w] = exp2_fast(warp_mass[(WARPS + w) * ROWS + row] - top);
+            total = fmaf(warp_mass[w * ROWS + row], weight[w], total);
         }
+        if (lane == 0) masses[row] = make_float2(top, total);
+        for (int column = 4 * lane; column < columns; column += 4 * LANES) {
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float4 x = *(const float4 *)&sums[(w * ROWS + row) * SPREAD + column];
+                sum.x = fmaf(x.x, weight[w], sum.x), sum.y = fmaf(x.y, weight[w], sum.y);
+                sum.z = fmaf(x.z, weight[w], sum.z), sum.w = fmaf(x.w, weight[w], sum.w);
+            }
+            *(float4 *)&part[row * WIDTH + column] = sum;
+        }
+    }
 }
 
 // Exact tokens of all kinds: weighted sums [ROWS, HEAD_DIM] and masses.
@@ -524,7 +498,7 @@ __device__ void attend_exact(const Arguments &a, int sequence, int head, float *
                              const Memory &m) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const long long owner = (long long)sequence * a.head_count + head;
-    float *query = m.merge, *sums = query + ROWS * HEAD_DIM, *warp_mass = sums + WARPS * ROWS * HEAD_DIM;
+    float *query = (float *)m.all, *sums = query + ROWS * HEAD_DIM, *warp_mass = sums + WARPS * ROWS * HEAD_DIM;
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS)
         query[i] = i < a.rows * HEAD_DIM ? number(a.query[owner * a.rows * HEAD_DIM + i]) * a.scaling * LOG2E : 0.f;
     __syncthreads();
@@ -606,9 +580,7 @@ __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h
     const float2 *masses = a.masses + (long long)item.slot * ROWS;
     const float *parts = a.partial + (long long)item.slot * ROWS * WIDTH;
     const int columns = 16 * (h.value4 + h.value2 + h.value1), group = a.rows / a.queries;
-    // weights are used up before the product needs scratch
-    float *sums = memory, *share = sums + ROWS * VALUES, *exact = share + ROWS, *scratch = exact + ROWS;
-    float *weights = scratch;
+    float *sums = memory, *share = sums + ROWS * VALUES, *scratch = share + ROWS, *weights = scratch + WARPS * 512;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     // its loads depend on nothing before them
     Product<16> product(a.unfold + (long long)head * VALUES * HEAD_DIM, columns, HEAD_DIM, HEAD_DIM, WARPS);
@@ -636,8 +608,7 @@ __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h
         if (has_sink) total += exp2_fast(sink - top);
         const float inverse = total > 0.f && real ? 1.f / total : 0.f;
         for (int s = lane; s < splits; s += LANES) weights[s * ROWS + row] *= inverse;
-        __syncwarp();
-        if (lane == 0) share[row] = codes * inverse, exact[row] = weights[(splits - 1) * ROWS + row];
+        if (lane == 0) share[row] = codes * inverse;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < quads; i += THREADS) {
@@ -664,9 +635,8 @@ __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h
             const int row = 4 * n + i / HEAD_DIM, column = i % HEAD_DIM;
             float y = product_at(scratch, i / HEAD_DIM, column, HEAD_DIM, WARPS);
             y = fmaf(share[row], a.unfold_shift[head * HEAD_DIM + column], y);
-            // exact tokens come last
-            if (splits > coded)
-                y = fmaf(__ldcg(&parts[((long long)coded * ROWS + row) * WIDTH + column]), exact[row], y);
+            for (int s = coded; s < splits; s++)
+                y = fmaf(__ldcg(&parts[((long long)s * ROWS + row) * WIDTH + column]), weights[s * ROWS + row], y);
             const long long token = (long long)sequence * a.queries + row % a.queries;
             a.out[(token * a.head_count * group + head * group + row / a.queries) * HEAD_DIM + column] = rounded(y);
         }
@@ -676,21 +646,17 @@ __device__ void merge_splits(const Arguments &a, const Item &item, const Head &h
 
 __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    float *merge = (float *)(memory + WARPS * RING);
-    uint64_t *barriers = (uint64_t *)(memory + WARPS * RING + MERGE);
-    uint64_t *folded_barriers = barriers + WARPS * 2 * MOST_STAGES;
+    uint64_t *barriers = (uint64_t *)(memory + WARPS * RING), *folded_barriers = barriers + WARPS * 2 * MOST_STAGES;
     Item *items = (Item *)(folded_barriers + 2);
     uint32_t *folded = (uint32_t *)(items + 3);
-    float *work = (float *)(folded + 2 * FOLDED);
-    const uint8_t **tiles = (const uint8_t **)(work + 2 * WARPS * ROWS);
-    const Memory m = {memory + warp * RING, barriers + warp * 2 * MOST_STAGES, merge, folded, work, items,
-                      folded_barriers, tiles + 2 * warp, a.ranges ? 0 : *a.seen};
+    const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, folded,
+                      (float *)(folded + 2 * FOLDED), items, folded_barriers,
+                      (const uint8_t **)(folded + 2 * FOLDED) + WARPS * ROWS + 2 * warp, a.ranges ? 0 : *a.seen};
     fetch_item(a, m, 0), fetch_item(a, m, 1);
     if (lane < 2 * MOST_STAGES) barrier_init(m.barriers + lane);
     if (threadIdx.x < 2) barrier_init(folded_barriers + threadIdx.x);
     barrier_init_done();
     __syncthreads();
-    start_item(a, m, 0);
     uint32_t phases = 0;
     for (int n = 0; n < a.item_count; n++) {
         const Item &item = item_at(m, n);
@@ -701,11 +667,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
         float2 *masses = a.masses + slot * ROWS;
         if (item.split < item.coded)
             attend_codes(a, n, part, masses, m, phases);
-        else {
-            start_item(a, m, n + 1);
-            begin_item(a, m, n);
-            attend_exact(a, item.sequence, item.head, part, masses, m);
-        }
+        else
+            begin_item(a, m, n), attend_exact(a, item.sequence, item.head, part, masses, m);
         __syncthreads();
         unsigned *last = (unsigned *)m.work;
         if (threadIdx.x == 0) {
@@ -716,7 +679,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
             __threadfence();
         }
         __syncthreads();
-        if (*last) merge_splits(a, item, item.h, splits, merge);
+        if (*last) merge_splits(a, item, item.h, splits, (float *)memory);
+        fence_copies();
         __syncthreads();
     }
 }

@@ -5,7 +5,6 @@
 //   KEY_KINDS, VALUE_KINDS   KIND(i, n4, n2, n1) for each i: counts of blocks that heads have
 //   ROW_TILES         query rows of a KV head in fours
 //   WARPS, RING       warps of a block, and bytes of shared memory that each of them streams through
-//   MERGE             bytes of shared memory for merges
 //   BLOCKS            blocks of threads that should fit one multiprocessor
 //   NUMBER            type of queries, exact tokens and output (numbers.cuh)
 
