@@ -64,8 +64,11 @@ def case_id(value):
 @pytest.mark.parametrize(("name", "method", "settings"), list(pairs()), ids=case_id)
 def test_reading_codes_is_reading_what_they_decode_to(name, method, settings, prefill, model, plan):
     subject, fitted = model(name), plan(name, method, **settings)
-    # the paths round differently, and now and then that crosses into another code of a later layer
-    apart = [paths_apart(subject, fitted, prefill, seed) for seed in (0, 1, 2)]
+    # the paths round differently, and now and then that crosses into another code of a later layer:
+    # two of three must agree
+    apart = [paths_apart(subject, fitted, prefill, seed) for seed in (0, 1)]
+    if max(apart) >= 2e-4:
+        apart.append(paths_apart(subject, fitted, prefill, 2))
     assert sorted(apart)[1] < 2e-4
 
 
