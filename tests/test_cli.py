@@ -17,6 +17,7 @@ from kvsight.console import write_json
 from kvsight.errors import KVSightError
 from kvsight.methods import available
 
+pytestmark = pytest.mark.usefixtures("stretched_once")
 QUICK = ("--tokens", "512", "--length", "128")
 
 

@@ -1,4 +1,3 @@
-import hashlib
 from functools import cache
 
 import pytest
@@ -6,10 +5,6 @@ import torch
 import zoo
 
 import kvsight
-from kvsight.methods import sight
-from kvsight.quantizers.lloyd_max import fitted_stretches
-
-_stretches = {}
 
 
 @cache
@@ -38,26 +33,9 @@ def plan():
     return lambda name, method="identity", **settings: _plan(name, method, tuple(settings.items()))
 
 
-def _content(tensor):
-    if tensor is None:
-        return None
-    digest = hashlib.blake2b(tensor.detach().contiguous().numpy().tobytes()).digest()
-    return tuple(tensor.shape), tensor.dtype, digest
-
-
-def _stretched_once(y, codebook, weights=None, judges=None):
-    key = codebook, *map(_content, (y, weights, judges))
-    if key not in _stretches:
-        _stretches[key] = fitted_stretches(y, codebook, weights, judges)
-    return _stretches[key]
-
-
 @pytest.fixture(autouse=True, scope="module")
-def same_samples_are_stretched_once():
-    """Most of a fit is this function of the sample alone, and plans of many budgets share samples."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sight, "fitted_stretches", _stretched_once)
-        yield
+def plans_share_stretches(stretched_once):
+    """Plans of many budgets are fitted to the same samples."""
 
 
 @pytest.fixture(autouse=True, scope="module")
