@@ -14,8 +14,8 @@ model, tokenizer = load_model()
 folder = Path(tempfile.mkdtemp())
 
 # once: fit and save
-calibration = windows(tokenizer, assets.text("calibration"), length=256, count=4)
-kvsight.fit(model, [calibration], bits=4).save(folder / "plan")
+calibration = windows(tokenizer, assets.text("calibration"), length=256, count=8).split(4)
+kvsight.fit(model, calibration, bits=4).save(folder / "plan")
 
 # once for each long text: read it and save the cache
 plan = kvsight.Plan.load(folder / "plan")

@@ -1,5 +1,6 @@
 """Memory that kvsight allocates without filling is poisoned, so that a forgotten write cannot pass."""
 
+import hashlib
 import sys
 
 import pytest
@@ -54,3 +55,33 @@ def one_thread(request):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+_stretches = {}
+
+
+def _content(tensor):
+    if tensor is None:
+        return None
+    digest = hashlib.blake2b(tensor.detach().contiguous().numpy().tobytes()).digest()
+    return tuple(tensor.shape), tensor.dtype, digest
+
+
+@pytest.fixture(scope="module")
+def stretched_once():
+    """Stretches, most of what a fit of sight takes, are computed once per sample.
+
+    They are a function of the sample alone. Tests of the function and of its law suite do without this.
+    """
+    from kvsight.methods import sight
+    from kvsight.quantizers.lloyd_max import fitted_stretches
+
+    def stretches(y, codebook, weights=None, judges=None):
+        key = codebook, *map(_content, (y, weights, judges))
+        if key not in _stretches:
+            _stretches[key] = fitted_stretches(y, codebook, weights, judges)
+        return _stretches[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sight, "fitted_stretches", stretches)
+        yield

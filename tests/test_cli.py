@@ -17,6 +17,7 @@ from kvsight.console import write_json
 from kvsight.errors import KVSightError
 from kvsight.methods import available
 
+pytestmark = pytest.mark.usefixtures("stretched_once")
 QUICK = ("--tokens", "512", "--length", "128")
 
 
@@ -274,6 +275,7 @@ def test_a_plan_remembers_its_model_from_anywhere(folder, tiny, tmp_path, monkey
         assert "another model" in fail(command[0], plan, *command[1:], "--model", embedded)
 
 
+@pytest.mark.slow
 def test_sight_is_the_default_and_runs_through(folder):
     plan = folder / "sight"
     succeed("fit", "--bits", 3, *QUICK, "-o", plan)

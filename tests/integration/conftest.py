@@ -34,6 +34,11 @@ def plan():
 
 
 @pytest.fixture(autouse=True, scope="module")
+def plans_share_stretches(stretched_once):
+    """Plans of many budgets are fitted to the same samples."""
+
+
+@pytest.fixture(autouse=True, scope="module")
 def single_thread():
     """Tiny models: waking a second thread costs more than it brings."""
     before = torch.get_num_threads()

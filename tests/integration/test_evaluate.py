@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -33,6 +34,7 @@ def pico_plan(pico):
     model, calibration, _ = pico
     stats = summarise(observe(model, calibration))
 
+    @cache
     def make(method, bits, **options):
         request = Request({"k": method, "v": method}, {"k": bits, "v": bits}, options)
         return plan_from_stats(model, stats, request, {})

@@ -340,17 +340,6 @@ def test_no_text_is_an_error(model):
         kvsight.fit(model("llama"), [], bits=4)
 
 
-def test_one_token_is_enough_to_fit(model):
-    """Statistics are poor, but nothing is singular."""
-    for method in kvsight.methods():
-        bits = None if method == "identity" else 16
-        fitted = kvsight.fit(model("llama"), [tokens(1, 1)], bits=bits, method=method)
-        with kvsight.enable(model("llama")), torch.no_grad():
-            cache = kvsight.PackedCache(fitted)
-            out = model("llama")(tokens(1, 40), past_key_values=cache, use_cache=True).logits
-        assert bool(out.isfinite().all()), method
-
-
 @pytest.mark.parametrize("name", ["falcon-h1", "mamba"])
 def test_models_without_packable_layers_are_refused(name):
     with pytest.raises(KVSightError, match="this model caches no keys and values that kvsight can pack"):

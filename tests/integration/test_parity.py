@@ -71,20 +71,29 @@ def copied(model, make):
     return left, generate(model, torch.cat([ids, tokens(1, 5, seed=2)], dim=1), other)
 
 
-MODES = [greedy, beams, samples, left_padding, second_turn, chunked_prefill, copied]
+EVERYWHERE = [greedy, left_padding]
+MODES = [beams, samples, second_turn, chunked_prefill, copied]
 ROLLBACK = [prompt_lookup, assisted]
-CORE = ("llama", "mistral", "gemma3")
+# full attention, a window in every layer, both, and linear layers: every mode
+CORE = ("llama", "mistral", "gemma3", "qwen3-next")
 
 
-def marks(name, mode):
-    return [] if name in CORE or mode in (greedy, left_padding) else [pytest.mark.slow]
+def modes(place, name):
+    """Every mode for the core; for others two in turn, so that each meets several architectures."""
+    able = MODES if KINDS[name].stateful else MODES + ROLLBACK
+    return EVERYWHERE + (able if name in CORE else [able[(2 * place + i) % len(able)] for i in range(2)])
 
 
 EVERY = [
-    pytest.param(name, mode, id=f"{name}-{mode.__name__}", marks=marks(name, mode))
-    for name, kind in KINDS.items()
-    for mode in (MODES if kind.stateful else MODES + ROLLBACK)
+    pytest.param(name, mode, id=f"{name}-{mode.__name__}")
+    for place, name in enumerate(KINDS)
+    for mode in modes(place, name)
 ]
+
+
+def test_every_mode_meets_architectures_beyond_the_core():
+    beyond = [mode for place, name in enumerate(KINDS) if name not in CORE for mode in modes(place, name)]
+    assert all(beyond.count(mode) >= 2 for mode in EVERYWHERE + MODES + ROLLBACK)
 
 
 @pytest.mark.parametrize(("name", "mode"), EVERY)

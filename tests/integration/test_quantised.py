@@ -54,18 +54,28 @@ def pairs():
     yield "gemma3-1layer", "sight", {"bits": 16.0, "window": 3}
 
 
+def prefilled():
+    """Both ways of prefill where methods and layers differ, one in turn on every other architecture."""
+    ways = ("packed", "raw")
+    for i, (name, method, settings) in enumerate(pairs()):
+        both = name in ("llama", "gemma3") or name.endswith("-1layer")
+        yield from ((name, method, settings, way) for way in (ways if both else [ways[i % 2]]))
+
+
 def case_id(value):
     if isinstance(value, dict):
         return "-".join(f"{k}{v}" for k, v in value.items() if k != "options") or "default"
     return value
 
 
-@pytest.mark.parametrize("prefill", ["packed", "raw"])
-@pytest.mark.parametrize(("name", "method", "settings"), list(pairs()), ids=case_id)
+@pytest.mark.parametrize(("name", "method", "settings", "prefill"), list(prefilled()), ids=case_id)
 def test_reading_codes_is_reading_what_they_decode_to(name, method, settings, prefill, model, plan):
     subject, fitted = model(name), plan(name, method, **settings)
-    # the paths round differently, and now and then that crosses into another code of a later layer
-    apart = [paths_apart(subject, fitted, prefill, seed) for seed in (0, 1, 2)]
+    # the paths round differently, and now and then that crosses into another code of a later layer:
+    # two of three must agree
+    apart = [paths_apart(subject, fitted, prefill, seed) for seed in (0, 1)]
+    if max(apart) >= 2e-4:
+        apart.append(paths_apart(subject, fitted, prefill, 2))
     assert sorted(apart)[1] < 2e-4
 
 

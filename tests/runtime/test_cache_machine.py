@@ -36,6 +36,24 @@ def plan_of(case, sliding):
     return plans.plan(method, sliding=sliding, **arguments)
 
 
+class Block:
+    """Tokens that are coded together: one code per placement, and what they decode to."""
+
+    def __init__(self, placements, parts):
+        self.placements, self.parts = placements, parts
+
+    @functools.cached_property
+    def tokens(self):
+        tokens = max(placement.codec.format.block for placement in self.placements)
+        out = torch.empty(len(self.parts[0].tensors[0]), plans.HEADS, tokens, plans.DIM)
+        for placement, packed in zip(self.placements, self.parts, strict=True):
+            out[:, list(placement.heads)] = placement.codec.decode(packed).float()
+        return list(out.unbind(2))
+
+    def select(self, index):
+        return Block(self.placements, [packed.select(index) for packed in self.parts])
+
+
 class Column:
     """Keys or values of one layer as lists: exact sinks, coded blocks, exact tail; nothing is freed."""
 
@@ -59,17 +77,12 @@ class Column:
             self.tail.append(token.to(self.dtype) if rounded else token)
             while len(self.tail) - self.retention.exact_last >= self.block:
                 block = torch.stack(self.tail[: self.block], dim=2)
-                self.blocks.append([p.codec.encode(block[:, list(p.heads)]) for p in self.placements])
+                parts = [p.codec.encode(block[:, list(p.heads)]) for p in self.placements]
+                self.blocks.append(Block(self.placements, parts))
                 del self.tail[: self.block]
 
-    def decoded(self, block):
-        out = torch.empty(len(block[0].tensors[0]), plans.HEADS, self.block, plans.DIM)
-        for placement, packed in zip(self.placements, block, strict=True):
-            out[:, list(placement.heads)] = placement.codec.decode(packed).float()
-        return list(out.unbind(2))
-
     def read(self):
-        coded = [token for block in self.blocks for token in self.decoded(block)]
+        coded = [token for block in self.blocks for token in block.tokens]
         return [t.float() for t in (*self.sinks, *coded, *self.tail)][self.hidden :]
 
     def hide(self):
@@ -91,13 +104,13 @@ class Column:
             self.tail = self.tail[: keep - self.block * len(self.blocks)]
             return
         whole, rest = divmod(keep, self.block)
-        cut = self.decoded(self.blocks[whole])[:rest]
+        cut = self.blocks[whole].tokens[:rest]
         self.blocks, self.tail = self.blocks[:whole], [token.to(self.dtype) for token in cut]
 
     def select(self, index):
         self.sinks = [token[index] for token in self.sinks]
         self.tail = [token[index] for token in self.tail]
-        self.blocks = [[packed.select(index) for packed in block] for block in self.blocks]
+        self.blocks = [block.select(index) for block in self.blocks]
 
     def check(self, state):
         seen = torch.cat([s.decode(torch.float32) for s in sides.segments(state)], dim=2)
@@ -109,7 +122,7 @@ class Column:
         for i, packed in enumerate(state.coded):
             assert packed.tokens == self.block * len(held)
             for j, stored in enumerate(packed.tensors if held else ()):
-                assert torch.equal(stored, torch.cat([block[i].tensors[j] for block in held], dim=-2))
+                assert torch.equal(stored, torch.cat([block.parts[i].tensors[j] for block in held], dim=-2))
 
 
 class Oracle:

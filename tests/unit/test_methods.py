@@ -10,6 +10,7 @@ from kvsight.methods.base import Budget
 from kvsight.retention import Retention
 from kvsight.testing import random_stats
 
+pytestmark = pytest.mark.usefixtures("stretched_once")
 STATS = {dim: random_stats(2, dim, seed=1) for dim in (64, 128)}
 
 

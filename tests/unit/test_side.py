@@ -222,7 +222,7 @@ class SideMachine(RuleBasedStateMachine):
 def machine(name):
     case = type(name, (SideMachine,), {"placements": PLANS[name]}).TestCase
     case.settings = settings(
-        max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
     )
     return case
 

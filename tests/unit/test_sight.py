@@ -18,6 +18,8 @@ from kvsight.stats import Moments, SideStats
 from kvsight.testing import random_stats
 from kvsight.waterfill import reverse_water_fill, share_bytes
 
+pytestmark = pytest.mark.usefixtures("stretched_once")
+
 HEADS, DIM = 3, 16
 DISTORTION = [1.0, *(gaussian(bits).distortion for bits in range(1, 9))]
 SIGHT = get("sight")
