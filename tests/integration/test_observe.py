@@ -48,7 +48,9 @@ def test_logits_are_untouched_while_capturing(name, attention, model):
     mask[0, :6] = 0
     calls = []
     before = logits(subject, ids), logits(subject, ids, mask)
-    with capture(subject, lambda module, layer, q, k: calls.append((layer, q.shape, k.shape))) as listens:
+    with capture(
+        subject, lambda module, layer, q, k, out: calls.append((layer, q.shape, k.shape))
+    ) as listens:
         assert listens
         inside = logits(subject, ids), logits(subject, ids, mask)
     assert torch.equal(before[0], inside[0])

@@ -171,7 +171,8 @@ def _nearest(case: _Case) -> None:
     decoded = codec.quantizer.decode(case.packed).double()
     match form:
         case Dense():
-            wanted = codec.transform.forward(case.x).to(form.dtype).double()
+            plain = codec.transform.shift is None and codec.transform.matrix is None
+            wanted = codec.transform.forward(case.x if plain else case.x.double()).to(form.dtype).double()
             hold("nearest", torch.equal(decoded, wanted), "numbers are not the rounded input")
             return
         case Grouped():
