@@ -13,7 +13,13 @@ from kvsight.errors import KVSightError
 
 DECODES = "attention decodes this cache on every read"
 FUSED = [name for name, kind in KINDS.items() if kind.interface]
-PER_TOKEN = {"sight": {}, "turboquant": {"bits": 5.0}, "int": {"bits": 5.0}}
+PER_TOKEN = {
+    "sight": {},
+    "turboquant": {"bits": 5.0},
+    "turboquant-prod": {"bits": 6.0},
+    "kq-svd": {"bits": 5.0},
+    "int": {"bits": 5.0},
+}
 EXACT = {"sight": {"bits": 8.0, "sinks": 2, "window": 5}, "kivi": {"bits": 10.0, "sinks": 2, "window": 5}}
 # windows of 8 tokens have no room for blocks of 32
 BLOCKS = {"kivi": {"bits": 6.0}}

@@ -17,7 +17,7 @@ from kvsight.packing import MAX_WIDTH
 from kvsight.quantizers.lloyd_max import row_quantizer, sphere
 from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.stats import SideStats
-from kvsight.transforms import Transform, centre, haar, hadamard, identity, linear, sketch, subspace
+from kvsight.transforms import Transform, centre, haar, hadamard, linear, sketch, subspace
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,13 @@ def product_form(dim: int, bits: int) -> Format:
 
 
 def rotation(method: str, name: str, dim: int, seed: int) -> Transform:
-    """The rotation of that name: haar, hadamard (random signs first) or none."""
+    """The rotation of that name: haar, or hadamard behind random signs."""
     match name:
         case "haar":
             return haar(dim, seed)
         case "hadamard":
             return hadamard(dim, seed)
-        case "none":
-            return identity(dim)
-    raise KVSightError(f"{method} option 'rotation' is 'haar', 'hadamard' or 'none'; got {name!r}.")
+    raise KVSightError(f"{method} option 'rotation' is 'haar' or 'hadamard'; got {name!r}.")
 
 
 def mse(dim: int, bits: int, turn: Transform, unshrink: bool = False) -> Codec:
@@ -81,8 +79,9 @@ def product(dim: int, bits: int, turn: Transform, kind: str, seed: int) -> Codec
 
 def on_channels(codec: Codec, index: torch.Tensor, dim: int) -> Codec:
     """A codec of k channels as one of some channels [H, k] of ``dim``; its quantizer sees what it saw."""
-    chosen = subspace(torch.nn.functional.one_hot(index, dim).double().mT.contiguous())
-    return replace(codec, transform=chosen.then(codec.transform))
+    assert codec.transform.matrix is not None
+    columns = torch.nn.functional.one_hot(index, dim).mT.to(codec.transform.matrix)
+    return replace(codec, transform=subspace(columns.contiguous()).then(codec.transform))
 
 
 def loudest(stats: SideStats, count: int, centred: bool, method: str) -> tuple[torch.Tensor, torch.Tensor]:

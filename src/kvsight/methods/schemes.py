@@ -6,6 +6,7 @@ from kvsight.codec import Codec, Placement
 from kvsight.methods.base import Budget, Build, Option, Side
 from kvsight.methods.rotated import Scheme, mse, mse_form, place, product, product_form, rotation
 from kvsight.stats import SideStats
+from kvsight.transforms import Transform, identity
 
 SKETCHED: Mapping[str, Option] = {"rotation": "hadamard", "sketch": "orthogonal", "seed": 0}
 
@@ -18,11 +19,14 @@ def scheme(name: str, sketched: Set[Side]) -> Build:
     ) -> tuple[Placement, ...]:
         turned, seed = str(options["rotation"]), int(options["seed"])
 
+        def turn(dim: int) -> Transform:
+            return identity(dim) if turned == "none" else rotation(name, turned, dim, seed)
+
         def plain(dim: int, bits: int) -> Codec:
-            return mse(dim, bits, rotation(name, turned, dim, seed))
+            return mse(dim, bits, turn(dim))
 
         def with_signs(dim: int, bits: int) -> Codec:
-            return product(dim, bits, rotation(name, turned, dim, seed), str(options["sketch"]), seed)
+            return product(dim, bits, turn(dim), str(options["sketch"]), seed)
 
         chosen = Scheme(product_form, with_signs) if side in sketched else Scheme(mse_form, plain)
         return place(name, stats, budget, options, chosen)
