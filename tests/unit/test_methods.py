@@ -142,7 +142,7 @@ def test_qjl_sketches_keys_and_rounds_values_per_token():
     assert only_format("qjl", "k", 3.25, outliers=0) == Sketch(192)
     # half as many signs for 8 loud channels as for 56 others, and two norms
     assert only_format("qjl", "k", 3.25) == Joined((Sketch(56), Sketch(120)))
-    assert only_format("qjl", "k", 4.0, dim=128) == Joined((Sketch(128), Sketch(280)))
+    assert only_format("qjl", "k", 4.0, dim=128) == Joined((Sketch(152), Sketch(312)))
 
 
 @pytest.mark.parametrize("bits", [0.2, 1.0, 2.37, 3.0, 7.9, 8.0, 12.0])

@@ -33,7 +33,9 @@ class Folded:
         return None if self.shift is None else q @ self.shift.unsqueeze(-1).to(q)
 
     def decode(self, y: Tensor) -> Tensor:
-        """[..., H, n, stored] to [..., H, n, d]."""
+        """[..., H, n, stored] to [..., H, n, d]; a map works in fp32 at least."""
+        if self.inverse is not None or self.shift is not None:
+            y = y.to(torch.promote_types(y.dtype, torch.float32))
         x = y if self.inverse is None else y @ self.inverse.to(y)
         return x if self.shift is None else x + self.shift.unsqueeze(-2).to(x)
 
