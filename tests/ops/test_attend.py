@@ -11,7 +11,7 @@ import torch
 
 from kvsight.codec import Codec, joined
 from kvsight.formats import Dense, Grouped
-from kvsight.ops.attend import Segment, attend
+from kvsight.ops.attend import Segment, attend, op
 from kvsight.ops.attend import ref as definition
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
@@ -283,3 +283,11 @@ def test_a_shift_of_all_keys_is_invisible():
     assert torch.allclose(base, moved, atol=1e-5)
     part = torch.cat((k[:, :, :15] + 1, k[:, :, 15:]), dim=2)
     assert not torch.allclose(base, check(q, [Segment(30, dense=part)], values), atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_formats_survive_as_numbers(kind):
+    form = codecs()[kind].format
+    numbers = iter(op._numbers(form))
+    assert op._format(numbers) == form
+    assert next(numbers, None) is None
