@@ -88,6 +88,9 @@ class SideStats:
     ``damage`` [H, d, d] says the same in nats of final KL per token (``damage_metric``); ``salience``
     [H, n] is how strongly the output depends on each sampled vector. None where gradients were not read.
     ``passages`` [H, m, d] are runs of neighbouring tokens, for codecs of token blocks.
+    ``read`` are moments of what attention read, Σ_j α_j v_j with α averaged over the query heads that share
+    the KV head; ``focus`` are those of a few tokens, weighed by exp(-½ entropy). Of values, where queries
+    were seen.
     """
 
     moments: Moments
@@ -96,6 +99,8 @@ class SideStats:
     damage: Tensor | None = None
     salience: Tensor | None = None
     passages: Tensor | None = None
+    read: Moments | None = None
+    focus: Moments | None = None
 
     @property
     def cost(self) -> Tensor | None:

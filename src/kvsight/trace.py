@@ -17,18 +17,20 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvsight.errors import KVSightError
-from kvsight.integrations.attention import attention_override, implementations, original
+from kvsight.integrations.attention import attention_override, default_scaling, implementations, original
 from kvsight.projections import Norms, projection_norms
 from kvsight.stats import LayerStats, Moments, SideStats, Stats, damage_metric
 
 Progress = Callable[[str, int, int], None]
 CacheSink = Callable[[int, Tensor, Tensor], None]
-QuerySink = Callable[[nn.Module, int, Tensor, Tensor], None]
+QuerySink = Callable[[nn.Module, int, Tensor, Tensor, Tensor], None]
 
 _NAME = "kvsight_observe"
 # neighbouring tokens that are kept together, for codecs of token blocks, and how many in all
 _RUN = 128
 _PASSAGE_TOKENS = 2048
+# queries of a sequence whose attention is worked out again, for its entropy
+_FOCUSED = 32
 
 
 class SpyCache(DynamicCache):
@@ -54,7 +56,7 @@ class SpyCache(DynamicCache):
 
 @contextmanager
 def capture(model: PreTrainedModel, sink: QuerySink) -> Iterator[bool]:
-    """Inside, every attention call first goes to ``sink(module, layer_idx, q, k)``; logits are unchanged.
+    """Inside, ``sink(module, layer_idx, q, k, out)`` hears of every attention call; logits are unchanged.
 
     Yields False where the model has no attention interface, so that ``sink`` is never called.
     """
@@ -65,7 +67,7 @@ def capture(model: PreTrainedModel, sink: QuerySink) -> Iterator[bool]:
     ) -> tuple[Tensor, Tensor | None]:
         name = _name_for(model, names, module)
         result = original(module, name)(module, query, key, value, mask, **kwargs)
-        sink(module, int(getattr(module, "layer_idx", -1)), query, key)
+        sink(module, int(getattr(module, "layer_idx", -1)), query, key, result[0])
         return result
 
     with attention_override(model, _NAME, function) as listens:
@@ -115,6 +117,8 @@ class _Sampler:
 class LayerTrace:
     """What one cached layer showed: moments of K, V and pooled Q, a bounded sample, the output metric.
 
+    ``read`` are moments of what attention read from the values, averaged over the query heads of a group;
+    ``focus`` are those of a few tokens, times exp(-½ H), H the mean entropy [nats] of its attention.
     Gradients are of the log-likelihood of text drawn from the model itself, with respect to each cached
     vector; ``key_salience`` and ``value_salience`` [H, n] are their norms at the sampled tokens.
     ``passages`` [H, m, d] are a second sample, of runs of 128 neighbours.
@@ -125,6 +129,8 @@ class LayerTrace:
     key: Moments
     value: Moments
     query: Moments | None = None
+    read: Moments | None = None
+    focus: Moments | None = None
     key_sample: Tensor | None = None
     value_sample: Tensor | None = None
     query_sample: Tensor | None = None
@@ -170,6 +176,8 @@ def _merge_layer(a: LayerTrace, b: LayerTrace) -> LayerTrace:
         a.key.merge(b.key),
         a.value.merge(b.value),
         add(a.query, b.query),
+        add(a.read, b.read),
+        add(a.focus, b.focus),
         join(a.key_sample, b.key_sample),
         join(a.value_sample, b.value_sample),
         join(a.query_sample, b.query_sample),
@@ -362,7 +370,7 @@ class _Observer:
         seen.key_passages = self.passages.update(seen.key_passages, key)
         seen.value_passages = self.passages.update(seen.value_passages, value)
 
-    def on_query(self, module: nn.Module, layer: int, q: Tensor, k: Tensor) -> None:
+    def on_query(self, module: nn.Module, layer: int, q: Tensor, k: Tensor, out: Tensor) -> None:
         assert self.cache is not None
         owner = self.cache.owner(k)
         seen = self.layers.get(layer if owner is None else owner)
@@ -374,6 +382,8 @@ class _Observer:
         if seen.query is None:
             seen.query = Moments.zero(k.shape[1], q.shape[-1])
         seen.query = seen.query.add(pooled.flatten(1, 2))
+        if out.shape == (q.shape[0], q.shape[2], q.shape[1], seen.value.total.shape[1]):
+            self._add_read(module, seen, q, k, out)
         if layer == seen.index:
             first = pooled[:, :, 0]
             seen.query_sample = self.sampler.update(seen.query_sample, first)
@@ -382,6 +392,20 @@ class _Observer:
                 self.weighed.add(seen.index)
                 dims = (q.shape[-1], int(seen.value.total.shape[1]))
                 seen.norms = projection_norms(module, q.shape[1], k.shape[1], dims)
+
+    def _add_read(self, module: nn.Module, seen: LayerTrace, q: Tensor, k: Tensor, out: Tensor) -> None:
+        """Count what attention gave, [B, T, Hq, d], and the focused part of it."""
+        read = _pool(out.transpose(1, 2), k.shape[1]).double().mean(dim=2)
+        if seen.read is None or seen.focus is None:
+            seen.read = seen.focus = Moments.zero(*seen.value.total.shape)
+        seen.read = seen.read.add(read)
+        batch, _, tokens, _ = q.shape
+        at = torch.arange(0, tokens, -(-tokens // _FOCUSED), device=q.device)
+        scaling = default_scaling(module, q, None)
+        entropy = _entropy(q[:, :, at], k, at + k.shape[2] - tokens, seen.window, scaling)
+        weight = torch.exp(-entropy.unflatten(1, (k.shape[1], -1)).mean(2) / 2)
+        chosen = read.unflatten(1, (batch, tokens))[:, :, at] * weight.transpose(0, 1).unsqueeze(-1)
+        seen.focus = seen.focus.add(chosen.flatten(1, 2))
 
     def _find_projection(self, module: nn.Module, seen: LayerTrace, heads: int) -> None:
         """The first child that is fed the attention output is the output projection."""
@@ -456,6 +480,16 @@ def _pool(q: Tensor, kv_heads: int) -> Tensor:
     return grouped.permute(1, 0, 3, 2, 4).flatten(1, 2)
 
 
+def _entropy(q: Tensor, k: Tensor, at: Tensor, window: int | None, scaling: float) -> Tensor:
+    """Nats of plain softmax attention, [B, Hq, n], of queries [B, Hq, n, d] at the places ``at`` [n]."""
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = scaling * (q.float() @ keys.float().mT)
+    behind = at.unsqueeze(-1) - torch.arange(k.shape[2], device=q.device)
+    visible = (behind >= 0) & (behind < (k.shape[2] if window is None else window))
+    log_p = torch.log_softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
+    return -(log_p.exp() * log_p.masked_fill(~visible, 0.0)).sum(-1)
+
+
 def _is_linear(child: nn.Module, x: Tensor) -> bool:
     """Whether doubling one token doubles what the module adds to its bias (a norm fails here)."""
     token = x.flatten(0, -2)[:1]
@@ -482,6 +516,7 @@ def summarise(trace: Trace) -> Stats:
         query_metric = None if seen.query is None else seen.query.second
         key = SideStats(seen.key, query_metric, seen.key_sample, passages=seen.key_passages)
         value = SideStats(seen.value, seen.output_metric, seen.value_sample, passages=seen.value_passages)
+        value = replace(value, read=seen.read, focus=seen.focus)
         if seen.key_gradient is not None and seen.value_gradient is not None:
             damage = damage_metric(seen.key_gradient, key)
             key = replace(key, damage=damage, salience=seen.key_salience)

@@ -48,7 +48,9 @@ def test_logits_are_untouched_while_capturing(name, attention, model):
     mask[0, :6] = 0
     calls = []
     before = logits(subject, ids), logits(subject, ids, mask)
-    with capture(subject, lambda module, layer, q, k: calls.append((layer, q.shape, k.shape))) as listens:
+    with capture(
+        subject, lambda module, layer, q, k, out: calls.append((layer, q.shape, k.shape))
+    ) as listens:
         assert listens
         inside = logits(subject, ids), logits(subject, ids, mask)
     assert torch.equal(before[0], inside[0])
@@ -104,6 +106,28 @@ def test_key_and_value_moments_are_those_of_the_cache(name, model):
         for moments, pick in ((layer.key, 0), (layer.value, 1)):
             every = torch.cat([kv[pick].transpose(0, 1).flatten(1, 2) for kv in seen[i]], dim=1)
             assert_moments(moments, every)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_what_attention_reads_is_the_mean_over_the_heads_that_share_values(name, model):
+    subject, ids = model(name, "eager"), tokens(2, 20)
+    trace = observe(subject, [ids])
+    cache = DynamicCache()
+    with torch.no_grad():
+        seen = subject(ids, past_key_values=cache, use_cache=True, output_attentions=True).attentions
+    for i, layer in trace.layers.items():
+        values, alpha = cache.layers[i].values.double(), seen[i].double()
+        shared = alpha.unflatten(1, (values.shape[1], -1))
+        read = (shared.mean(2) @ values).transpose(0, 1)
+        torch.testing.assert_close(layer.read.second, moments_of(read), rtol=1e-4, atol=1e-7)
+        entropy = -(shared * shared.clamp_min(1e-300).log()).sum(-1).mean(2).transpose(0, 1)
+        focused = read * torch.exp(-entropy / 2).unsqueeze(-1)
+        torch.testing.assert_close(layer.focus.second, moments_of(focused), rtol=1e-4, atol=1e-7)
+
+
+def moments_of(x):
+    x = x.flatten(1, 2)
+    return x.mT @ x / x.shape[1]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -13,7 +13,12 @@ from kvsight.errors import KVSightError
 
 DECODES = "attention decodes this cache on every read"
 FUSED = [name for name, kind in KINDS.items() if kind.interface]
-PER_TOKEN = {"sight": {}, "turboquant": {"bits": 5.0}, "int": {"bits": 5.0}}
+PER_TOKEN = {
+    "sight": {},
+    "turboquant": {"bits": 5.0},
+    "turboquant-prod": {"bits": 6.0},
+    "int": {"bits": 5.0},
+}
 EXACT = {"sight": {"bits": 8.0, "sinks": 2, "window": 5}, "kivi": {"bits": 10.0, "sinks": 2, "window": 5}}
 # windows of 8 tokens have no room for blocks of 32
 BLOCKS = {"kivi": {"bits": 6.0}}
@@ -50,6 +55,7 @@ def pairs():
     for name in ("llama-1layer", "gpt2-1layer", "qwen3-next-1layer"):
         yield name, "kivi", BLOCKS["kivi"]
     yield from (("llama-1layer", method, settings) for method, settings in EXACT.items())
+    yield "llama-1layer", "kq-svd", {"bits": 5.0}
     yield "qwen3-1layer", "int", {"bits": 6.0, "options": (("axis", "channel"), ("group", 16))}
     yield "gemma3-1layer", "sight", {"bits": 16.0, "window": 3}
 

@@ -17,10 +17,11 @@ from kvsight.ops.attend import Segment, attend, dispatch, op, ref
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import fitted_levels, gaussian, row_quantizer, uniform
 from kvsight.quantizers.uniform import GroupedQuantizer
-from kvsight.transforms import centre, haar, identity
+from kvsight.transforms import centre, haar, identity, sketch, subspace
 
 pytestmark = [available, pytest.mark.usefixtures("kernels")]
 DIM = 20
+FEW = subspace(haar(DIM, seed=5).matrix[..., :5]).stored()
 MIXED = (8, 8, 7, 7, 6, 6, 5, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 1, 1, 0)
 
 
@@ -46,6 +47,9 @@ CODECS = {
     "norm": rows((3,) * DIM, gaussian, norm=True),
     "channel groups": Codec("int", identity(DIM), GroupedQuantizer(Grouped(DIM, 3, 7, "channel"))),
     "token groups": Codec("kivi", identity(DIM), GroupedQuantizer(Grouped(DIM, 2, 4, "token"))),
+    "subspace": Codec("rows", FEW, row_quantizer((8, 8, 5, 3, 1), uniform)),
+    "subspace, dense": Codec("dense", FEW, DenseQuantizer(Dense(5, torch.float16))),
+    "redundant": Codec("rows", sketch(DIM, 36).stored(), row_quantizer((4,) * 36, gaussian)),
     "half": Codec("dense", haar(DIM, seed=3).stored(), DenseQuantizer(Dense(DIM, torch.float16))),
 }
 
@@ -97,7 +101,7 @@ def test_every_format_on_both_sides(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["planes", "norm", "channel groups", "half"])
+@pytest.mark.parametrize("kind", ["planes", "norm", "channel groups", "subspace, dense", "half"])
 def test_half_precision(kind, dtype):
     k, v = history(70)
     keys = [coded([CODECS[kind]], k[:, :, :64]), dense(k[:, :, 64:], dtype)]

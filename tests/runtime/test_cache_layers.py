@@ -19,6 +19,8 @@ CASES = {
     "sight-4-window": ("sight", {"bits": 8.0, "sinks": 4, "window": 16}),
     "turboquant-4": ("turboquant", {"bits": 5.0, "sinks": 3}),
     "turboquant-hadamard": ("turboquant", {"bits": 5.0, "rotation": "hadamard", "centre": True}),
+    "turboquant-prod": ("turboquant-prod", {"bits": 5.0, "outliers": 6, "centre": True}),
+    "rank-int8": ("rank-int8", {"bits": 3.0, "centre": True}),
     "int-4": ("int", {"bits": 6.0, "window": 7}),
     "int-channel": ("int", {"bits": 8.0, "axis": "channel", "group": 16, "window": 5}),
     "kivi-3": ("kivi", {"bits": 5.0}),

@@ -7,9 +7,10 @@ import torch
 
 from kvsight.codec import Codec
 from kvsight.errors import KVSightError
-from kvsight.formats import concat
+from kvsight.formats import Dense, concat
 from kvsight.methods import get
 from kvsight.methods.base import Budget
+from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
 from kvsight.retention import Retention
 from kvsight.testing import random_stats
@@ -62,3 +63,13 @@ def test_static_bytes_are_all_calibration_tensors_but_the_derived_inverse():
     codec = Codec("test", haar(8).stored(), row_quantizer((4,) * 8, gaussian))
     assert codec.static_nbytes == 8 * 8 * 4 + 16 * 4 + 8 * 4
     assert Codec("test", identity(8), row_quantizer((0,) * 8, gaussian)).static_nbytes == 0
+
+
+def test_dense_coordinates_are_mapped_back_in_full_precision():
+    x = torch.randn(1, 1, 50, 16, generator=torch.Generator().manual_seed(3))
+    turned = haar(16, seed=1).stored()
+    codec = Codec("test", turned, DenseQuantizer(Dense(16, torch.bfloat16)))
+    wanted = turned.inverse(codec.encode(x).tensors[0].float())
+    assert torch.equal(codec.decode(codec.encode(x)), wanted)
+    plain = Codec("test", identity(16), DenseQuantizer(Dense(16, torch.bfloat16)))
+    assert plain.decode(plain.encode(x)).dtype == torch.bfloat16

@@ -702,7 +702,7 @@ def test_measures_refuse_what_does_not_fit(measure, arguments, message):
 
 
 def test_every_measure_is_public():
-    modules = (d.vectors, d.rows, d.damage)
+    modules = (d.vectors, d.rows, d.damage, d.jensen)
     defined = {
         name
         for module in modules

@@ -5,7 +5,7 @@ import torch
 
 import kvsight
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Grouped, Row
+from kvsight.formats import Dense, Grouped, Joined, Row, Sketch
 from kvsight.methods.base import Budget
 from kvsight.retention import Retention
 from kvsight.testing import random_stats
@@ -106,6 +106,46 @@ def test_turboquant_rotates_as_asked():
     assert torch.allclose(hadamard.abs(), torch.full_like(hadamard, 1 / 8))
 
 
+@pytest.mark.parametrize(("bits", "width"), [(2.49, 1), (2.75, 2), (3.75, 3), (16, 7)])
+def test_outlier_channels_get_a_bit_more_and_a_norm_of_their_own(bits, width):
+    # (16 · (b + 1) + 48 · b + 2 · 16) / 64 = b + 0.75
+    quarter = only_format("turboquant", "k", bits, outliers=16)
+    assert quarter == Joined((Row((width + 1,) * 16, True), Row((width,) * 48, True)))
+    (placement,) = place("turboquant", "k", limit(bits), outliers=16)
+    loud = placement.codec.transform.matrix[..., :16].abs().sum(-1) > 0
+    variance = random_stats(2, 64, seed=1).moments.second.diagonal(dim1=-2, dim2=-1)
+    least = variance.masked_fill(~loud, torch.inf).amin(-1)
+    assert (loud.sum(-1) == 16).all()
+    assert (least >= variance.masked_fill(loud, 0).amax(-1)).all()
+
+
+def test_the_product_form_spends_its_last_bit_on_signs():
+    assert only_format("turboquant-prod", "v", 3.5) == Joined((Row((2,) * 64, True), Sketch(64)))
+    assert only_format("turboquant-prod", "v", 1.25) == Sketch(64)
+    parts = only_format("turboquant-prod", "k", 4.25, outliers=16).parts
+    assert parts == (
+        Joined((Row((3,) * 16, True), Sketch(16))),
+        Joined((Row((2,) * 48, True), Sketch(48))),
+    )
+
+
+def test_schemes_sketch_the_sides_of_their_names():
+    sketched = Joined((Row((2,) * 64, True), Sketch(64)))
+    plain = Row((3,) * 64, True)
+    for name, key, value in (("kv", plain, plain), ("kqv", plain, sketched), ("qkqv", sketched, sketched)):
+        assert (only_format(name, "k", 3.5), only_format(name, "v", 3.5)) == (key, value)
+    assert place("kv", "k", limit(3.5))[0].codec.transform.matrix is None
+    assert place("kv", "k", limit(3.5), rotation="hadamard")[0].codec.transform.matrix is not None
+
+
+def test_qjl_sketches_keys_and_rounds_values_per_token():
+    assert only_format("qjl", "v", 3.0) == Grouped(64, 2, 32, "channel")
+    assert only_format("qjl", "k", 3.25, outliers=0) == Sketch(192)
+    # half as many signs for 8 loud channels as for 56 others, and two norms
+    assert only_format("qjl", "k", 3.25) == Joined((Sketch(56), Sketch(120)))
+    assert only_format("qjl", "k", 4.0, dim=128) == Joined((Sketch(152), Sketch(312)))
+
+
 @pytest.mark.parametrize("bits", [0.2, 1.0, 2.37, 3.0, 7.9, 8.0, 12.0])
 def test_sight_spends_whole_bytes_and_no_more(bits):
     placements = place("sight", "k", limit(bits))
@@ -166,6 +206,12 @@ def test_a_window_of_everything_leaves_nothing_to_code():
         ("int", 1.4, "int cannot meet 1.4 bits; its cheapest configuration here stores 1.5"),
         ("kivi", 1.2, "kivi cannot meet 1.2 bits; its cheapest configuration here stores 1.25"),
         ("turboquant", 1.2, "turboquant cannot meet 1.2 bits; its cheapest configuration here stores 1.25"),
+        (
+            "turboquant-prod",
+            1.2,
+            "turboquant-prod cannot meet 1.2 bits; its cheapest configuration here st",
+        ),
+        ("qjl", 1.7, "qjl cannot meet 1.7 bits; its cheapest configuration here stores 1.75"),
         ("sight", 0.12, "sight cannot meet 0.12 bits; its smallest row stores 0.125"),
     ],
 )
@@ -185,6 +231,10 @@ def test_a_budget_that_exact_tokens_use_up_says_so():
     [
         ("int", {"axis": "row"}, "int option 'axis' is 'token' or 'channel'; got 'row'"),
         ("turboquant", {"rotation": "none"}, "'rotation' is 'haar' or 'hadamard'; got 'none'"),
+        ("turboquant", {"outliers": 64}, "'outliers' is less than head_dim 64; got 64"),
+        ("turboquant", {"outliers": 2}, "sphere codebook needs a head_dim of at least 4; got 2"),
+        ("turboquant-prod", {"sketch": "sparse"}, "a sketch is 'orthogonal' or 'gaussian'; got 'sparse'"),
+        ("kqv", {"rotation": "x"}, "kqv option 'rotation' is 'haar' or 'hadamard'; got 'x'"),
         ("sight", {"codebook": "ternary"}, "'codebook' is one of gaussian, uniform, fitted; got 'ternary'"),
         ("sight", {"metric": "maybe"}, "'metric' is one of output, attention, storage; got 'maybe'"),
         ("sight", {"metric": False}, "'metric' is one of output, attention, storage; got 'False'"),

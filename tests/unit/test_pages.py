@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvsight
-from kvsight.formats import Dense, Grouped, Row
+from kvsight.formats import Dense, Grouped, Joined, Row, Sketch
 
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 NAMES = kvsight.methods()
@@ -36,8 +36,13 @@ def test_a_page_lists_every_option_with_its_default(name):
     assert given == {option: str(value) for option, value in kvsight.method_info(name).options.items()}
 
 
-def bits(form, tokens=1024):
-    return f"{8 * form.nbytes(tokens) / (tokens * form.dim):g}"
+def bits(form, dim=None, tokens=1024):
+    return f"{8 * form.nbytes(tokens) / (tokens * (form.dim if dim is None else dim)):g}"
+
+
+def signed(dim, b):
+    """b - 1 bits and a sign for each coordinate."""
+    return Sketch(dim) if b == 1 else Joined((Row((b - 1,) * dim, norm=True), Sketch(dim)))
 
 
 def rows_of_bits():
@@ -55,7 +60,25 @@ def rows_of_bits():
         values = [bits(Grouped(dim, b, min(group, dim), "channel")) for dim in (64, 128)]
         yield "kivi", [b, group, *keys, *values]
     for b in (1, 2, 3, 4):
-        yield "turboquant", [b, *(bits(Row((b,) * dim, norm=True)) for dim in (64, 128))]
+        plain = [bits(Row((b,) * dim, norm=True)) for dim in (64, 128)]
+        both = [bits(signed(dim, b), dim) for dim in (64, 128)]
+        yield "turboquant", [b, *plain]
+        yield "turboquant-prod", [b, *both]
+        if b in (2, 4):
+            yield "kv", [b, *plain]
+            yield "qkqv", [b, *both]
+            yield "kqv", [b, *(x for pair in zip(plain, both, strict=True) for x in pair)]
+    for b in (2, 3):
+        split = [
+            Joined((Row((b + 1,) * (d // 4), True), Row((b,) * (d * 3 // 4), True))) for d in (64, 128)
+        ]
+        yield "turboquant", [b, *map(bits, split)]
+    for count in (128, 192, 256):
+        yield "qjl", [count, *(bits(Sketch(count), dim) for dim in (64, 128))]
+    for name, rank in ((n, r) for n in ("rank-v", "rank-k", "kq-svd") for r in (16, 32)):
+        yield name, [rank, *(bits(Dense(rank, torch.bfloat16), dim) for dim in (64, 128))]
+    for b, rank in ((8, 32), (4, 64)):
+        yield "rank-int8", [b, rank, *(bits(Row((b,) * rank), dim) for dim in (64, 128))]
     for size in (16, 24, 26, 32, 48, 64):
         narrow, wide = (Row((8,) * size + (0,) * (dim - size)) for dim in (64, 128))
         yield "sight", [size, bits(narrow), bits(wide)]

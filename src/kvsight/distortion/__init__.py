@@ -6,6 +6,7 @@ docs/distortion.md says what each is for and when it misleads.
 """
 
 from kvsight.distortion.damage import AttentionDamage, Reference, attention_damage
+from kvsight.distortion.jensen import rotated_gain, uniform_gain
 from kvsight.distortion.rows import (
     attention_kl,
     fisher,
@@ -49,12 +50,14 @@ __all__ = [
     "query_basis",
     "query_metric",
     "relative_error",
+    "rotated_gain",
     "route_flips",
     "score_error",
     "score_gap",
     "score_mse",
     "scores",
     "storage_mse",
+    "uniform_gain",
     "value_distortion",
     "write_surrogate",
 ]

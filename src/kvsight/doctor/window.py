@@ -172,5 +172,5 @@ def _last_logits(model: "PreTrainedModel") -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _ignore(module: nn.Module, layer: int, query: Tensor, key: Tensor) -> None:
+def _ignore(module: nn.Module, layer: int, query: Tensor, key: Tensor, out: Tensor) -> None:
     """What ``capture`` tells is heard before it."""

@@ -33,7 +33,9 @@ class Folded:
         return None if self.shift is None else q @ self.shift.unsqueeze(-1).to(q)
 
     def decode(self, y: Tensor) -> Tensor:
-        """[..., H, n, stored] to [..., H, n, d]."""
+        """[..., H, n, stored] to [..., H, n, d]; a map works in fp32 at least."""
+        if self.inverse is not None or self.shift is not None:
+            y = y.to(torch.promote_types(y.dtype, torch.float32))
         x = y if self.inverse is None else y @ self.inverse.to(y)
         return x if self.shift is None else x + self.shift.unsqueeze(-2).to(x)
 
@@ -82,7 +84,9 @@ def kv_heads(segment: Segment) -> int:
 def head_dim(segment: Segment) -> int:
     if segment.dense is not None:
         return segment.dense.shape[-1]
-    return segment.coded[0].packed.format.dim
+    coded = segment.coded[0]
+    inverse = coded.folded.inverse
+    return coded.packed.format.dim if inverse is None else inverse.shape[-1]
 
 
 def merge_heads(parts: Sequence[Tensor], heads: Sequence[tuple[int, ...]]) -> Tensor:

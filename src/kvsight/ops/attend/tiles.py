@@ -42,8 +42,10 @@ class FoldedTiles:
 
 def tileable(coded: Coded) -> bool:
     """Whether these heads can be held in tiles: chunks of one width, even levels, no norms."""
-    form = coded.packed.format
-    return isinstance(form, Row) and tiled_widths(form) is not None and steps(coded) is not None
+    form, inverse = coded.packed.format, coded.folded.inverse
+    if not isinstance(form, Row) or (inverse is not None and inverse.shape[-1] != form.dim):
+        return False
+    return tiled_widths(form) is not None and steps(coded) is not None
 
 
 def tiled_widths(form: Row) -> tuple[int, ...] | None:
