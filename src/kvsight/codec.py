@@ -13,6 +13,7 @@ from kvsight.errors import KVSightError
 from kvsight.formats import Format, Packed
 from kvsight.ops.attend.ref import Coded, Folded
 from kvsight.ops.encode import Rounding, encode
+from kvsight.rope import Rope
 from kvsight.transforms import Transform
 
 
@@ -49,11 +50,16 @@ class Quantizer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """encode: [..., H, n, d] to ``Packed``; decode: back. ``name`` is the method that fitted it."""
+    """encode: [..., H, n, d] to ``Packed``; decode: back. ``name`` is the method that fitted it.
+
+    With a ``rope`` keys are turned back by their index in the cache before they are coded, and forth again
+    when they are read; ``first`` is the index of the first token that a call is given.
+    """
 
     name: str
     transform: Transform
     quantizer: Quantizer
+    rope: Rope | None = None
 
     @property
     def format(self) -> Format:
@@ -66,7 +72,7 @@ class Codec:
         counts = {t.shape[0] for t in tensors if t is not None and t.dim() > 1} - {1}
         return max(counts, default=None)
 
-    def encode(self, x: Tensor) -> Packed:
+    def encode(self, x: Tensor, first: int = 0) -> Packed:
         """Code whole blocks of tokens. NaN, inf and misfits raise ``KVSightError``."""
         if x.shape[-1] != self.format.dim:
             raise KVSightError(
@@ -84,18 +90,27 @@ class Codec:
                 "Keep the remainder in the dense tail."
             )
         check_finite(x)
-        return self.encode_checked(x)
+        return self.encode_checked(x, first)
 
-    def encode_checked(self, x: Tensor) -> Packed:
+    def encode_checked(self, x: Tensor, first: int = 0) -> Packed:
         """``encode`` for callers that have checked x themselves."""
+        x = self._unturned(x, first)
         rule = self.quantizer.rounding
         if rule is None:
             return self.quantizer.encode(self.transform.forward(self._compute(x)))
         return Packed(self.format, encode(x, self.transform.shift, self.transform.matrix, rule))
 
-    def decode(self, packed: Packed) -> Tensor:
+    def coordinates(self, x: Tensor, first: int = 0) -> Tensor:
+        """[..., H, n, d] as the quantizer is given them."""
+        return self.transform.forward(self._compute(self._unturned(x, first)))
+
+    def decode(self, packed: Packed, first: int = 0) -> Tensor:
         """[..., H, n, d]; fp32 unless the format is dense."""
-        return self.folded.decode(self.quantizer.decode(packed))
+        x = self.folded.decode(self.quantizer.decode(packed))
+        return x if self.rope is None else self.rope.forth(x, first)
+
+    def _unturned(self, x: Tensor, first: int) -> Tensor:
+        return x if self.rope is None else self.rope.back(x.double(), first)
 
     def _compute(self, x: Tensor) -> Tensor:
         plain = self.transform.shift is None and self.transform.matrix is None
@@ -113,9 +128,9 @@ class Codec:
             inverse = inverse[:, :stored].contiguous()
         return Folded(inverse, self.transform.shift)
 
-    def coded(self, heads: tuple[int, ...], packed: Packed) -> Coded:
+    def coded(self, heads: tuple[int, ...], packed: Packed, first: int = 0) -> Coded:
         """What ``ops.attend`` reads: bytes, their tables and the folded transform."""
-        return Coded(heads, packed, self.quantizer.tables, self.folded)
+        return Coded(heads, packed, self.quantizer.tables, self.folded, self.rope, first)
 
     def to(self, device: torch.device | str) -> "Codec":
         """The codec with its tensors on ``device``."""
@@ -123,6 +138,7 @@ class Codec:
             self,
             transform=self.transform.to(device, torch.float32),
             quantizer=self.quantizer.to(device),
+            rope=None if self.rope is None else self.rope.to(device),
         )
 
     def of_heads(self, index: Sequence[int]) -> "Codec":
@@ -133,9 +149,10 @@ class Codec:
 
     @property
     def static_nbytes(self) -> int:
-        """Bytes of calibration tensors: codebooks, matrices and means (inverses are derived)."""
+        """Bytes of calibration tensors: codebooks, matrices, means, rotations (inverses are derived)."""
         tensors = (self.transform.shift, self.transform.matrix, *self.quantizer.tables)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        turning = 0 if self.rope is None else self.rope.nbytes
+        return turning + sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Codec":
         # fitted tensors never change, so copies of a cache share them

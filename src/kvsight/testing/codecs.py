@@ -29,8 +29,8 @@ class _Case:
     x: Tensor
     packed: Packed
 
-    def encode(self, x: Tensor) -> Packed:
-        return self.codec.encode(x)
+    def encode(self, x: Tensor, first: int = 0) -> Packed:
+        return self.codec.encode(x, first)
 
 
 def check_codec(codec: Codec, *, tokens: int | None = None, seed: int = 0) -> None:
@@ -111,10 +111,10 @@ def _storable(case: _Case) -> None:
 def _blocks_are_local(case: _Case) -> None:
     block, tokens = case.codec.format.block, case.x.shape[-2]
     for step in (block, 3 * block):
-        parts = concat([case.encode(part) for part in case.x.split(step, dim=-2)])
+        parts = concat([case.encode(part, i * step) for i, part in enumerate(case.x.split(step, dim=-2))])
         hold("blocks are local", _same(parts, case.packed), f"steps of {step} tokens give other bytes")
     later = case.packed.narrow(tokens - block, tokens)
-    alone = case.encode(case.x[..., tokens - block :, :])
+    alone = case.encode(case.x[..., tokens - block :, :], tokens - block)
     hold("blocks are local", _same(later, alone), "the last block alone gives other bytes")
 
 
@@ -166,11 +166,11 @@ def _independent(case: _Case) -> None:
 def _nearest(case: _Case) -> None:
     """The code chosen is the best that the stored parameters allow."""
     codec, form = case.codec, case.codec.format
-    y = codec.transform.forward(case.x.double())[..., : form.stored]
+    y = codec.coordinates(case.x.double())[..., : form.stored]
     decoded = codec.quantizer.decode(case.packed).double()
     match form:
         case Dense():
-            wanted = codec.transform.forward(case.x).to(form.dtype).double()
+            wanted = codec.coordinates(case.x).to(form.dtype).double()
             hold("nearest", torch.equal(decoded, wanted), "numbers are not the rounded input")
             return
         case Grouped():

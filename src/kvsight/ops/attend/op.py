@@ -13,6 +13,7 @@ from kvsight.formats import Dense, Format, Grouped, Packed, Row
 from kvsight.ops.attend import dispatch
 from kvsight.ops.attend.ref import Coded, Folded, Segment
 from kvsight.packing import MAX_WIDTH
+from kvsight.rope import Rope
 
 _T = TypeVar("_T")
 _ALONG: tuple[Literal["channel", "token"], ...] = ("channel", "token")
@@ -81,6 +82,9 @@ def flatten(sides: Sequence[Sequence[Segment]]) -> tuple[list[Tensor], list[int]
                 layout += [int(tensor is not None) for tensor in optional]
                 tensors += [*coded.packed.tensors, *coded.tables]
                 tensors += [tensor for tensor in optional if tensor is not None]
+                layout += [int(coded.rope is not None), coded.first]
+                if coded.rope is not None:
+                    tensors += [coded.rope.frequencies, coded.rope.partners]
     return tensors, layout
 
 
@@ -100,7 +104,9 @@ def _coded(numbers: Iterator[int], tensors: Iterator[Tensor]) -> Coded:
     packed = Packed(form, tuple(_take(tensors, stored)))
     static = tuple(_take(tensors, tables))
     folded = Folded(next(tensors) if inverse else None, next(tensors) if shift else None)
-    return Coded(heads, packed, static, folded)
+    turns, first = _take(numbers, 2)
+    rope = Rope(next(tensors), next(tensors)) if turns else None
+    return Coded(heads, packed, static, folded, rope, first)
 
 
 def _take(items: Iterator[_T], count: int) -> list[_T]:

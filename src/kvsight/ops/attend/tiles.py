@@ -43,7 +43,8 @@ class FoldedTiles:
 def tileable(coded: Coded) -> bool:
     """Whether these heads can be held in tiles: chunks of one width, even levels, no norms."""
     form = coded.packed.format
-    return isinstance(form, Row) and tiled_widths(form) is not None and steps(coded) is not None
+    even = isinstance(form, Row) and tiled_widths(form) is not None and steps(coded) is not None
+    return even and coded.rope is None
 
 
 def tiled_widths(form: Row) -> tuple[int, ...] | None:
