@@ -38,7 +38,7 @@ ORDER = (
     ("spend", "cache"),
     ("integrations",),
     ("probe",),
-    ("trace", "propagation", "fit", "doctor"),
+    ("rotary", "trace", "propagation", "fit", "doctor"),
     ("eval", "testing"),
     ("report",),
     ("cli", "__main__"),
@@ -84,7 +84,7 @@ def part(name):
 
 def test_engines_are_imported_only_where_the_design_allows():
     found = {name for name in TREES if ENGINES & {top for top, _ in imports(name)}}
-    assert {part(name) for name in found} <= {"integrations", "trace", "eval"}
+    assert {part(name) for name in found} <= {"integrations", "rotary", "trace", "eval"}
 
 
 def test_imports_point_one_way():
