@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +11,9 @@ from kvsight.drift import Assumed
 from kvsight.errors import KVSightError
 from kvsight.formats import Format, Packed
 from kvsight.ops.attend.ref import Coded, Folded
-from kvsight.ops.encode import Rounding, encode
+from kvsight.ops.encode import encode
+from kvsight.quantizers.base import Quantizer
+from kvsight.quantizers.joined import JoinedQuantizer
 from kvsight.rope import Rope
 from kvsight.transforms import Transform
 
@@ -26,32 +27,11 @@ def check_finite(x: Tensor) -> None:
         )
 
 
-class Quantizer(Protocol):
-    """Reals in transform coordinates to codes in one format, and back."""
-
-    @property
-    def format(self) -> Format: ...
-
-    @property
-    def tables(self) -> tuple[Tensor, ...]: ...
-
-    @property
-    def rounding(self) -> Rounding | None:
-        """Boundaries of a row, which is encoded in one pass; None where ``encode`` takes coordinates."""
-
-    def encode(self, y: Tensor) -> Packed: ...
-
-    def decode(self, packed: Packed) -> Tensor: ...
-
-    def to(self, device: torch.device | str) -> Self: ...
-
-    def heads(self, index: Sequence[int]) -> Self: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Codec:
     """encode: [..., H, n, d] to ``Packed``; decode: back. ``name`` is the method that fitted it.
 
+    ``transform.dim`` is head_dim; ``format.dim`` counts the coordinates that it is coded in.
     With a ``rope`` keys are turned back by their index in the cache before they are coded, and forth again
     when they are read; ``first`` is the index of the first token that a call is given.
     """
@@ -65,18 +45,22 @@ class Codec:
     def format(self) -> Format:
         return self.quantizer.format
 
+    @property
+    def dim(self) -> int:
+        """head_dim."""
+        return self.transform.dim
+
     @cached_property
     def heads(self) -> int | None:
         """KV heads that it was fitted to; None when all heads share its tensors."""
-        tensors = (self.transform.shift, self.transform.matrix, *self.quantizer.tables)
-        counts = {t.shape[0] for t in tensors if t is not None and t.dim() > 1} - {1}
+        counts = {t.shape[0] for t in self.tensors.values() if t.dim() > 1} - {1}
         return max(counts, default=None)
 
     def encode(self, x: Tensor, first: int = 0) -> Packed:
         """Code whole blocks of tokens. NaN, inf and misfits raise ``KVSightError``."""
-        if x.shape[-1] != self.format.dim:
+        if x.shape[-1] != self.dim:
             raise KVSightError(
-                f"this codec takes head_dim {self.format.dim}; got {x.shape[-1]}. "
+                f"this codec takes head_dim {self.dim}; got {x.shape[-1]}. "
                 "Use the plan that was fitted to this model."
             )
         if self.heads is not None and (x.dim() < 3 or x.shape[-3] != self.heads):
@@ -120,12 +104,11 @@ class Codec:
     @cached_property
     def folded(self) -> Folded:
         """The transform as attention uses it: only coordinates that have bits."""
-        stored, dim = self.format.stored, self.format.dim
         inverse = self.transform.inverse_matrix
-        if inverse is None and stored < dim:
-            inverse = torch.eye(dim).unsqueeze(0)
+        if inverse is None and self.format.stored < self.dim:
+            inverse = torch.eye(self.dim).unsqueeze(0)
         if inverse is not None:
-            inverse = inverse[:, :stored].contiguous()
+            inverse = self.format.of_stored(inverse).contiguous()
         return Folded(inverse, self.transform.shift)
 
     def coded(self, heads: tuple[int, ...], packed: Packed, first: int = 0) -> Coded:
@@ -148,15 +131,44 @@ class Codec:
         )
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a plan file holds of it, by name: means, matrices and codebooks, and nothing derived."""
+        tables = zip(self.format.table_names, self.quantizer.tables, strict=True)
+        turning = {} if self.rope is None else self.rope.tensors
+        return {**self.transform.tensors, **dict(tables), **turning}
+
+    @property
     def static_nbytes(self) -> int:
-        """Bytes of calibration tensors: codebooks, matrices, means, rotations (inverses are derived)."""
-        tensors = (self.transform.shift, self.transform.matrix, *self.quantizer.tables)
-        turning = 0 if self.rope is None else self.rope.nbytes
-        return turning + sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        """Bytes of calibration tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Codec":
         # fitted tensors never change, so copies of a cache share them
         return self
+
+
+def joined(name: str, *parts: Codec) -> Codec:
+    """The sum of codes: each part codes what the ones before it left of a vector.
+
+    x̂ = shift + Σ_i ŷ_i @ inverse_i, so attention reads it as one codec with more coordinates. Only the
+    first part may centre.
+    """
+    if any(part.transform.shift is not None for part in parts[1:]):
+        raise KVSightError("only the first of joined codecs may centre; give the others no shift.")
+    maps = [part.transform.stored() for part in parts]
+    if len({part.dim for part in maps}) > 1:
+        raise KVSightError(f"joined codecs must share a head_dim; got {[part.dim for part in maps]}.")
+    eye = torch.eye(maps[0].dim).unsqueeze(0)
+    matrix = _side_by_side([eye if t.matrix is None else t.matrix for t in maps], -1)
+    inverse = _side_by_side([eye if t.inverse_matrix is None else t.inverse_matrix for t in maps], -2)
+    transform = Transform(maps[0].dim, maps[0].shift, matrix, inverse, kept=True)
+    quantizer = JoinedQuantizer.of([part.quantizer for part in parts], matrix, inverse)
+    return Codec(name, transform, quantizer)
+
+
+def _side_by_side(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    heads = max(matrix.shape[0] for matrix in matrices)
+    return torch.cat([matrix.expand(heads, -1, -1) for matrix in matrices], dim=dim)
 
 
 @dataclass(frozen=True)

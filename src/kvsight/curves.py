@@ -13,7 +13,7 @@ from kvsight.errors import KVSightError
 from kvsight.formats import Format, Row
 from kvsight.methods.base import Budget, Method, Option, Rows, Side
 from kvsight.retention import Retention
-from kvsight.stats import LayerStats, SideStats, shrunk
+from kvsight.stats import LayerStats, SideStats, before_rope, shrunk
 
 Floats = NDArray[np.float64]
 
@@ -125,8 +125,8 @@ def _of_ladder(
             layer.index,
             side,
             head,
-            np.array([_rate(form) for form in forms]),
-            np.array([_rate(form, meta=False) for form in forms]),
+            np.array([_rate(form, stats.dim) for form in forms]),
+            np.array([_rate(form, stats.dim, meta=False) for form in forms]),
             np.array([float(d[head]) for d, _ in measured]),
             np.array([float(e[head]) for _, e in measured]) / variance[head],
             tuple(str(form.spec()["kind"]) for form in forms),
@@ -165,7 +165,7 @@ def _ladder(
                 raise
             return ladder[::-1]
         ladder.append(placements)
-        cost = max(plain.cost(p.codec.format) for p in placements)
+        cost = max(plain.cost(p.codec.format, stats.dim) for p in placements)
         plain = replace(plain, bits=cost - 1e-6)
 
 
@@ -175,6 +175,12 @@ def coding_cost(
     """Mean eᵀ·damage·e and mean ‖e‖²/d on the sample, [H] each."""
     cost = torch.zeros(stats.heads, dtype=torch.float64)
     error = torch.zeros(stats.heads, dtype=torch.float64)
+    if any(placement.codec.rope is not None for placement in placements):
+        # the sample is no run of tokens, but before RoPE places do not matter
+        stats = before_rope(replace(stats, damage=damage))
+        assert stats.damage is not None
+        damage = stats.damage
+        placements = tuple(replace(p, codec=replace(p.codec, rope=None)) for p in placements)
     for placement in placements:
         heads, block = list(placement.heads), placement.codec.format.block
         x = (stats.sample if stats.passages is None else stats.passages)[heads]
@@ -197,12 +203,12 @@ def _column(x: Tensor) -> Floats:
     return x.detach().double().cpu().numpy()
 
 
-def _rate(form: Format, meta: bool = True) -> float:
+def _rate(form: Format, dim: int, meta: bool = True) -> float:
     """Stored bits per element of one block, with or without metadata."""
     if isinstance(form, Row) and not meta:
-        return sum(form.widths) / form.dim
+        return sum(form.widths) / dim
     stored = form.nbytes(form.block) - (0 if meta else form.meta_nbytes(form.block))
-    return 8 * stored / (form.block * form.dim)
+    return 8 * stored / (form.block * dim)
 
 
 def _of_heads(placements: tuple[Placement, ...], heads: list[int]) -> list[Placement]:

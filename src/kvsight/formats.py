@@ -1,4 +1,6 @@
-"""What the stored bytes mean: row, grouped affine, dense. Kernels and caches dispatch on nothing else.
+"""What the stored bytes mean: row, grouped affine, dense, sketch, or several of them joined.
+
+Kernels and caches dispatch on nothing else.
 
 A format lists its *fields*. A field is a tensor ``[..., rows, width]`` that holds one row for every
 ``every`` tokens, so slicing, joining, saving and counting bytes are the same code for all formats.
@@ -6,8 +8,9 @@ A format lists its *fields*. A field is a tensor ``[..., rows, width]`` that hol
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Literal, Self
 
 import torch
@@ -29,7 +32,11 @@ class Field:
 
 
 class Format(ABC):
-    """Byte layout of one head's keys or values. ``block`` tokens are committed together."""
+    """Byte layout of one head's keys or values. ``block`` tokens are committed together.
+
+    ``dim`` is how many coordinates a token has, those without bits included: head_dim, unless the codec's
+    transform gives fewer or more.
+    """
 
     dim: int
 
@@ -53,9 +60,18 @@ class Format(ABC):
         """
 
     @property
+    def table_names(self) -> tuple[str, ...]:
+        """What ``read`` wants as ``tables``, in order."""
+        return ()
+
+    @property
     def stored(self) -> int:
         """Coordinates per token that have any bits."""
         return self.dim
+
+    def of_stored(self, rows: Tensor) -> Tensor:
+        """Of rows [..., dim, n], one for each coordinate, those that have any bits [..., stored, n]."""
+        return rows[..., : self.stored, :]
 
     @cached_property
     def block(self) -> int:
@@ -132,6 +148,10 @@ class Row(Format):
     @cached_property
     def stored(self) -> int:
         return sum(w > 0 for w in self.widths)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        return ("levels", "starts")
 
     @property
     def row_bytes(self) -> int:
@@ -213,6 +233,94 @@ class Grouped(Format):
         }
 
 
+@dataclass(frozen=True)
+class Sketch(Format):
+    """One sign for each coordinate, and the token's Euclidean norm in fp16.
+
+    The norm is that of the vector before it was sketched (``quantizers.sketch``).
+    """
+
+    dim: int
+
+    @property
+    def name(self) -> str:
+        return f"sketch-{self.dim}"
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        codes = Field("signs", torch.uint8, packed_width((1,) * self.dim))
+        return codes, Field("norm", torch.float16, 1, meta=True)
+
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        """norm · (±1)."""
+        signs = unpack_row(tensors[0], (1,) * self.dim).float().mul_(2).sub_(1)
+        return signs * tensors[1].to(signs)
+
+    def spec(self) -> dict[str, object]:
+        return {"kind": "sketch", "dim": self.dim}
+
+
+@dataclass(frozen=True)
+class Joined(Format):
+    """Several codes of one token: their coordinates side by side, in the order of ``parts``.
+
+    What a token means is linear in its coordinates, so codes of a vector and of what they left add up.
+    """
+
+    parts: tuple[Format, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2:
+            raise KVSightError(f"a joined format has two parts or more; got {len(self.parts)}.")
+        if any(self.block % part.block for part in self.parts):
+            sizes = ", ".join(str(part.block) for part in self.parts)
+            raise KVSightError(f"blocks of joined formats must divide the largest; got {sizes}.")
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return sum(part.dim for part in self.parts)
+
+    @property
+    def name(self) -> str:
+        return "+".join(part.name for part in self.parts)
+
+    @cached_property
+    def stored(self) -> int:
+        return sum(part.stored for part in self.parts)
+
+    def of_stored(self, rows: Tensor) -> Tensor:
+        cut = rows.split([part.dim for part in self.parts], dim=-2)
+        return torch.cat([p.of_stored(r) for p, r in zip(self.parts, cut, strict=True)], dim=-2)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        return tuple(f"{i}.{name}" for i, part in enumerate(self.parts) for name in part.table_names)
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        return tuple(
+            replace(field, name=f"{i}.{field.name}")
+            for i, part in enumerate(self.parts)
+            for field in part.fields
+        )
+
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        """What every part reads, side by side."""
+        stored, static = iter(tensors), iter(tables)
+        return torch.cat(
+            [
+                part.read(
+                    tuple(islice(stored, len(part.fields))), tuple(islice(static, len(part.table_names)))
+                )
+                for part in self.parts
+            ],
+            dim=-1,
+        )
+
+    def spec(self) -> dict[str, object]:
+        return {"kind": "joined", "parts": [part.spec() for part in self.parts]}
+
+
 def format_from_spec(spec: Mapping[str, object]) -> Format:
     """Rebuild a format from ``Format.spec()``; an unknown kind raises ``KVSightError``."""
     match spec:
@@ -228,7 +336,13 @@ def format_from_spec(spec: Mapping[str, object]) -> Format:
             "along": "channel" | "token" as along,
         }:
             return Grouped(dim, bits, group, along)
-    raise KVSightError(f"unknown format {dict(spec)!r}; this kvsight knows row, grouped and dense.")
+        case {"kind": "sketch", "dim": int(dim)}:
+            return Sketch(dim)
+        case {"kind": "joined", "parts": list(parts)}:
+            return Joined(tuple(format_from_spec(part) for part in parts))
+    raise KVSightError(
+        f"unknown format {dict(spec)!r}; this kvsight knows row, grouped, dense, sketch and joined."
+    )
 
 
 @dataclass(frozen=True)

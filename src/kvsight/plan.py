@@ -105,7 +105,7 @@ class Plan:
     def elements(self, tokens: int, batch: int = 1) -> int:
         """Numbers that the uncompressed cache holds after ``tokens`` tokens."""
         return batch * sum(
-            self.retention(layer).visible(tokens) * len(p.heads) * p.codec.format.dim
+            self.retention(layer).visible(tokens) * len(p.heads) * p.codec.dim
             for layer in self.layers
             for side in SIDES
             for p in layer.side(side)
@@ -168,7 +168,7 @@ def _head_bytes(plan: Plan, placement: Placement, kept: Stored) -> tuple[int, in
     """(codes, metadata, dense) bytes of one head."""
     form = placement.codec.format
     meta = form.meta_nbytes(kept.coded)
-    dense = Dense(form.dim, plan.dense_dtype).nbytes(kept.dense)
+    dense = Dense(placement.codec.dim, plan.dense_dtype).nbytes(kept.dense)
     return form.nbytes(kept.coded) - meta, meta, dense
 
 
@@ -180,14 +180,14 @@ def _bits(plan: Plan, sides: tuple[Side, ...]) -> float:
             for placement in layer.side(side):
                 heads = len(placement.heads)
                 stored += heads * sum(_head_bytes(plan, placement, kept))
-                elements += heads * placement.codec.format.dim * kept.visible
+                elements += heads * placement.codec.dim * kept.visible
     return 8 * stored / elements
 
 
 def _ledger_rows(plan: Plan, layer: LayerPlan, side: Side, placement: Placement) -> Iterator[LedgerRow]:
     form = placement.codec.format
     kept = plan.stored(layer, side, plan.reference_length)
-    per_element = 8 / (form.dim * kept.visible)
+    per_element = 8 / (placement.codec.dim * kept.visible)
     data, meta, dense = (n * per_element for n in _head_bytes(plan, placement, kept))
     for head in placement.heads:
         yield LedgerRow(

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvsight.codec import Codec, Placement, Quantizer
+from kvsight.codec import Codec, Placement
 from kvsight.drift import Assumed
 from kvsight.errors import KVSightError
 from kvsight.formats import (
     Dense,
     Format,
     Grouped,
+    Joined,
     Row,
+    Sketch,
     dtype_from_name,
     dtype_name,
     format_from_spec,
 )
 from kvsight.plan import SIDES, LayerPlan, Plan, digest
+from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.dense import DenseQuantizer
+from kvsight.quantizers.joined import JoinedQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.rope import Rope
 from kvsight.transforms import Transform, linear
 
 VERSION = 1
@@ -153,16 +160,15 @@ def _tensors(plan: Plan) -> dict[str, Tensor]:
     for layer in plan.layers:
         for side in SIDES:
             for i, placement in enumerate(layer.side(side)):
-                transform = placement.codec.transform
-                tables = placement.codec.quantizer.tables
-                named = {"shift": transform.shift, "matrix": transform.matrix}
-                named |= dict(zip(("levels", "starts"), tables, strict=False))
+                named = placement.codec.tensors
                 if placement.assumed is not None:
                     named |= {"mean": placement.assumed.mean, "variance": placement.assumed.variance}
                 prefix = f"{layer.index}.{side}.{i}"
-                kept = {f"{prefix}.{n}": t for n, t in named.items() if t is not None}
                 # copies of their own: a file takes no views and no two names for one tensor
-                out |= {n: t.clone(memory_format=torch.contiguous_format) for n, t in kept.items()}
+                out |= {
+                    f"{prefix}.{name}": tensor.clone(memory_format=torch.contiguous_format)
+                    for name, tensor in named.items()
+                }
     return out
 
 
@@ -193,21 +199,28 @@ def _layer(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerPlan:
 
 def _placement(entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> Placement:
     form = format_from_spec(entry["format"])
-    transform = _transform(form.dim, tensors.get(f"{prefix}.shift"), tensors.get(f"{prefix}.matrix"))
-    codec = Codec(entry["codec"], transform, _quantizer(form, prefix, tensors))
+    parts = (tensors.get(f"{prefix}.{name}") for name in ("shift", "matrix", "inverse"))
+    transform = _transform(form.dim, *parts)
+    quantizer = _quantizer(form, prefix, tensors, transform)
+    codec = Codec(entry["codec"], transform, quantizer, _rope(prefix, tensors))
     # plans of 0.1 did not say what they assumed
     mean, variance = tensors.get(f"{prefix}.mean"), tensors.get(f"{prefix}.variance")
     assumed = None if mean is None or variance is None else Assumed(mean, variance)
     return Placement(tuple(entry["heads"]), codec, assumed)
 
 
-def _transform(dim: int, shift: Tensor | None, matrix: Tensor | None) -> Transform:
+def _rope(prefix: str, tensors: Mapping[str, Tensor]) -> Rope | None:
+    frequencies = tensors.get(f"{prefix}.frequencies")
+    return None if frequencies is None else Rope(frequencies, tensors[f"{prefix}.partners"])
+
+
+def _transform(dim: int, shift: Tensor | None, matrix: Tensor | None, inverse: Tensor | None) -> Transform:
     if matrix is None:
         return Transform(dim, shift)
-    return Transform(dim, shift, matrix, linear(matrix).inverse_matrix)
+    return replace(linear(matrix, inverse, kept=inverse is not None), shift=shift)
 
 
-def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor]) -> Quantizer:
+def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor], transform: Transform) -> Quantizer:
     match form:
         case Row():
             return RowQuantizer(form, tensors[f"{prefix}.levels"], tensors[f"{prefix}.starts"])
@@ -215,6 +228,17 @@ def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor]) -> Quan
             return GroupedQuantizer(form)
         case Dense():
             return DenseQuantizer(form)
+        case Sketch() if transform.matrix is not None:
+            return SketchQuantizer.of(transform.matrix)
+        case Joined() if transform.matrix is not None and transform.inverse_matrix is not None:
+            sizes = [part.dim for part in form.parts]
+            maps = transform.matrix, transform.inverse_matrix
+            own = zip(form.parts, maps[0].split(sizes, -1), maps[1].split(sizes, -2), strict=True)
+            parts = [
+                _quantizer(part, f"{prefix}.{i}", tensors, linear(matrix, inverse, kept=True))
+                for i, (part, matrix, inverse) in enumerate(own)
+            ]
+            return JoinedQuantizer.of(parts, *maps)
     raise KVSightError(f"no quantizer reads {form.name}; upgrade kvsight.")
 
 

@@ -41,8 +41,9 @@ class Rope:
         return replace(self, frequencies=self.frequencies.to(device), partners=self.partners.to(device))
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.frequencies, self.partners))
+    def tensors(self) -> dict[str, Tensor]:
+        """What a plan file holds, by name."""
+        return {"frequencies": self.frequencies, "partners": self.partners}
 
 
 def pairs(frequencies: Tensor, dim: int, *, first: int = 0, interleaved: bool = False) -> Rope:

@@ -1,8 +1,9 @@
 """Affine maps of head_dim with a dual, closed under composition.
 
-Law: ``<dual(q), forward(k)> + offset(q) == <q, k>`` and ``inverse(forward(x)) == x``. The offset is one
-number per query, which softmax does not see. Every named transform (identity, centre, Hadamard, Haar,
-fold) is such a map, so caches and kernels know one class only.
+Law: ``<dual(q), y> + offset(q) == <q, inverse(y)>``, and for maps that lose nothing
+``inverse(forward(x)) == x``, so ``<dual(q), forward(k)> + offset(q) == <q, k>``. The offset is one number
+per query, which softmax does not see. Every named transform (identity, centre, Hadamard, Haar, fold,
+subspace, sketch) is such a map, so caches and kernels know one class only.
 """
 
 import math
@@ -19,28 +20,36 @@ from kvsight.errors import KVSightError
 class Transform:
     """y = (x - shift) @ matrix, per head. ``None`` stands for zero or for the identity.
 
-    Shapes: ``shift`` [H or 1, d]; ``matrix`` and ``inverse_matrix`` [H or 1, d, d].
+    Shapes: ``shift`` [H or 1, d]; ``matrix`` [H or 1, d, m] and ``inverse_matrix`` [H or 1, m, d], where
+    m < d drops directions and m > d is redundant. An inverse follows from its matrix, as its inverse
+    where m = d and else as its transpose, unless it is ``kept``: a map of its own, stored beside it.
     """
 
     dim: int
     shift: Tensor | None = None
     matrix: Tensor | None = None
     inverse_matrix: Tensor | None = None
+    kept: bool = False
+
+    @property
+    def coordinates(self) -> int:
+        """How many numbers ``forward`` gives for a vector: m."""
+        return self.dim if self.matrix is None else self.matrix.shape[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H, n, d] to transform coordinates of the same shape."""
+        """[..., H, n, d] to transform coordinates [..., H, n, m]."""
         if self.shift is not None:
             x = x - self.shift.unsqueeze(-2).to(x)
         return x if self.matrix is None else x @ self.matrix.to(x)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """[..., H, n, d] back from transform coordinates."""
+        """[..., H, n, m] back to [..., H, n, d]."""
         if self.inverse_matrix is not None:
             y = y @ self.inverse_matrix.to(y)
         return y if self.shift is None else y + self.shift.unsqueeze(-2).to(y)
 
     def dual(self, q: Tensor) -> Tensor:
-        """Queries [..., H, n, d] in the coordinates that score against ``forward(k)``."""
+        """Queries [..., H, n, d] in the m coordinates that score against ``forward(k)``."""
         return q if self.inverse_matrix is None else q @ self.inverse_matrix.mT.to(q)
 
     def offset(self, q: Tensor) -> Tensor:
@@ -51,32 +60,46 @@ class Transform:
 
     def then(self, after: "Transform") -> "Transform":
         """This map, then ``after``."""
-        if after.dim != self.dim:
-            raise KVSightError(f"cannot join transforms of head_dim {self.dim} and {after.dim}.")
+        if after.dim != self.coordinates:
+            raise KVSightError(
+                f"cannot put a transform of head_dim {after.dim} behind one that gives {self.coordinates} "
+                "coordinates."
+            )
         shift = self.shift
         if after.shift is not None:
+            if self.kept:
+                raise KVSightError(
+                    "cannot centre behind a transform that has no exact inverse; centre first."
+                )
             back = after.shift if self.inverse_matrix is None else _row(after.shift, self)
             shift = back if shift is None else shift + back
-        return Transform(
-            self.dim,
-            shift,
-            _product(self.matrix, after.matrix),
-            _product(after.inverse_matrix, self.inverse_matrix),
-        )
+        matrix = _product(self.matrix, after.matrix)
+        inverse = _product(after.inverse_matrix, self.inverse_matrix)
+        kept = self.kept or after.kept or not _derivable(matrix, inverse)
+        return Transform(self.dim, shift, matrix, inverse, kept)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device, dtype)
 
-        return type(self)(self.dim, move(self.shift), move(self.matrix), move(self.inverse_matrix))
+        moved = move(self.shift), move(self.matrix), move(self.inverse_matrix)
+        return type(self)(self.dim, *moved, self.kept)
 
     def stored(self) -> Self:
-        """fp32, with the inverse derived from the rounded matrix: what a plan file gives back."""
+        """fp32, with the inverse derived from the rounded matrix or kept: what a plan file gives back."""
         shift = None if self.shift is None else self.shift.float()
         if self.matrix is None:
             return type(self)(self.dim, shift)
-        matrix = self.matrix.float()
-        return type(self)(self.dim, shift, matrix, _inverse(matrix))
+        matrix, inverse = self.matrix.float(), self.inverse_matrix
+        inverse = inverse.float() if self.kept and inverse is not None else derived_inverse(matrix)
+        return type(self)(self.dim, shift, matrix, inverse, self.kept)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a plan file holds of it, by name; a derived inverse is no part of that."""
+        inverse = self.inverse_matrix if self.kept else None
+        named = {"shift": self.shift, "matrix": self.matrix, "inverse": inverse}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def heads(self, index: list[int]) -> Self:
         """The transform of a subset of heads; shared tensors stay shared."""
@@ -84,7 +107,15 @@ class Transform:
         def pick(t: Tensor | None) -> Tensor | None:
             return t if t is None or t.shape[0] == 1 else t[index]
 
-        return type(self)(self.dim, pick(self.shift), pick(self.matrix), pick(self.inverse_matrix))
+        picked = pick(self.shift), pick(self.matrix), pick(self.inverse_matrix)
+        return type(self)(self.dim, *picked, self.kept)
+
+
+def _derivable(matrix: Tensor | None, inverse: Tensor | None) -> bool:
+    """Whether ``derived_inverse`` gives this inverse: of a square matrix always."""
+    if matrix is None or inverse is None or matrix.shape[-2] == matrix.shape[-1]:
+        return True
+    return torch.allclose(inverse, matrix.mT, rtol=0, atol=1e-6 * float(matrix.abs().max()))
 
 
 def _row(shift: Tensor, before: Transform) -> Tensor:
@@ -108,10 +139,18 @@ def centre(mean: Tensor) -> Transform:
     return Transform(mean.shape[-1], shift=mean)
 
 
-def linear(matrix: Tensor, inverse_matrix: Tensor | None = None) -> Transform:
-    """y = x @ matrix, [H or 1, d, d]; the inverse is computed in fp64 when it is not given."""
-    inverse = _inverse(matrix) if inverse_matrix is None else inverse_matrix
-    return Transform(matrix.shape[-1], matrix=matrix, inverse_matrix=inverse)
+def linear(matrix: Tensor, inverse_matrix: Tensor | None = None, *, kept: bool = False) -> Transform:
+    """y = x @ matrix, [H or 1, d, m]; the inverse is derived (in fp64) when it is not given.
+
+    ``kept`` says that the inverse given is a map of its own; see ``Transform``.
+    """
+    inverse = derived_inverse(matrix) if inverse_matrix is None else inverse_matrix
+    return Transform(matrix.shape[-2], matrix=matrix, inverse_matrix=inverse, kept=kept)
+
+
+def subspace(columns: Tensor) -> Transform:
+    """Coordinates along orthonormal columns [H or 1, d, r]; what is orthogonal to them is dropped."""
+    return linear(columns, columns.mT.contiguous())
 
 
 def scale(factors: Tensor) -> Transform:
@@ -119,7 +158,10 @@ def scale(factors: Tensor) -> Transform:
     return linear(torch.diag_embed(1 / factors), torch.diag_embed(factors))
 
 
-def _inverse(matrix: Tensor) -> Tensor:
+def derived_inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a square matrix, through fp64; of another, with orthonormal columns, the transpose."""
+    if matrix.shape[-2] != matrix.shape[-1]:
+        return matrix.mT.contiguous()
     inverse: Tensor = torch.linalg.inv(matrix.double())
     return inverse.to(matrix.dtype)
 
@@ -155,6 +197,29 @@ def haar(dim: int, seed: int = 0) -> Transform:
     gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     return _orthogonal(q * r.diagonal().sign())
+
+
+def sketch(dim: int, signs: int, kind: str = "orthogonal", seed: int = 0) -> Transform:
+    """Random projections whose signs and norm estimate a vector without bias (QJL, arXiv 2406.03482).
+
+    ``kind`` "gaussian" draws S [signs, d] with independent N(0, 1) entries; "orthogonal" stacks rotations
+    of size √d, cut to ``signs`` rows. Coordinates are S x; E[inverse(‖x‖ sign(S x))] = x.
+    """
+    match kind:
+        case "gaussian":
+            generator = torch.Generator().manual_seed(seed)
+            rows = torch.randn(signs, dim, generator=generator, dtype=torch.float64)
+            mean = math.sqrt(2 / math.pi)
+        case "orthogonal":
+            turns = [haar(dim, seed + i).matrix for i in range(-(-signs // dim))]
+            rows = math.sqrt(dim) * torch.cat([turn[0] for turn in turns if turn is not None])[:signs]
+            # √d·E|u_1| of a uniform unit vector u: a little more than √(2/π)
+            log = math.lgamma(dim / 2) - math.lgamma((dim + 1) / 2)
+            mean = math.sqrt(dim / math.pi) * math.exp(log)
+        case _:
+            raise KVSightError(f"a sketch is 'orthogonal' or 'gaussian'; got {kind!r}.")
+    matrix = rows.T.contiguous().unsqueeze(0)
+    return linear(matrix, rows.unsqueeze(0) / (mean * signs), kept=True)
 
 
 def _orthogonal(matrix: Tensor) -> Transform:

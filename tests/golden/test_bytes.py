@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvsight.codec import Codec, joined
 from kvsight.formats import Dense, Format, Grouped, Packed, Row
+from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.transforms import identity
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 
@@ -21,7 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 class Golden:
     """``block`` [tokens, dim] is stored as ``stored`` (hex per field) and reads back as ``read``."""
 
-    quantizer: RowQuantizer | GroupedQuantizer | DenseQuantizer
+    quantizer: Quantizer
     block: list[list[float]]
     stored: dict[str, str]
     read: list[list[float]] | None = None
@@ -64,6 +68,19 @@ GOLDEN = {
         GroupedQuantizer(Grouped(2, 2, 4, "token")),
         [[0, 2], [1, 1], [2, 0], [3, -1]],
         {"codes": "0c 09 06 03", "scale": "00 3c 00 3c", "zero": "00 00 00 bc"},
+    ),
+    "sketch": Golden(
+        SketchQuantizer.of(torch.eye(2)), [[3, -4]], {"signs": "01", "norm": "00 45"}, read=[[5, -5]]
+    ),
+    "joined": Golden(
+        joined(
+            "",
+            Codec("", identity(2), rows((1, 1), [-4.0, 4.0], [0, 0])),
+            Codec("", identity(2), rows((2, 0), [-3.0, -1.0, 1.0, 3.0], [0])),
+        ).quantizer,
+        [[5, -4, 5, -4]],
+        {"0.codes": "01", "1.codes": "02"},
+        read=[[4, -4, 1]],
     ),
     "dense bfloat16": Golden(
         DenseQuantizer(Dense(2, torch.bfloat16)), [[1, -2]], {"values": "80 3f 00 c0"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvsight.testing import check_transform, random_stats
-from kvsight.transforms import centre, haar, hadamard, identity, karhunen_loeve, linear
+from kvsight.transforms import centre, haar, hadamard, identity, karhunen_loeve, linear, sketch, subspace
 
 DIMS = (4, 5, 64, 80, 96)
 
@@ -20,6 +20,10 @@ def sight(dim):
     return centre(stats.moments.mean).then(klt)
 
 
+def columns(dim):
+    return torch.linalg.qr(draw(3, dim, dim))[0][..., : dim // 2]
+
+
 MAKERS = {
     "identity": identity,
     "centre": lambda dim: centre(draw(3, dim)),
@@ -30,6 +34,12 @@ MAKERS = {
     "shared fold": lambda dim: linear(draw(1, dim, dim)),
     "sight": sight,
     "centred rotation": lambda dim: centre(draw(3, dim)).then(hadamard(dim)),
+    "subspace": lambda dim: subspace(columns(dim)),
+    "centred subspace of a fold": lambda dim: centre(draw(3, dim)).then(
+        linear(draw(1, dim, dim)).then(subspace(columns(dim)))
+    ),
+    "gaussian sketch": lambda dim: sketch(dim, 2 * dim, "gaussian"),
+    "orthogonal sketch": lambda dim: sketch(dim, dim + 3),
     "rotation, then centre": lambda dim: hadamard(dim).then(centre(draw(3, dim))),
 }
 

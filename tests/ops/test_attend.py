@@ -9,15 +9,16 @@ import math
 import pytest
 import torch
 
-from kvsight.codec import Codec
+from kvsight.codec import Codec, joined
 from kvsight.formats import Dense, Grouped
 from kvsight.ops.attend import Segment, attend
 from kvsight.ops.attend import ref as definition
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
+from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.rope import pairs
-from kvsight.transforms import centre, haar, identity
+from kvsight.transforms import centre, haar, identity, sketch, subspace
 
 DIM = 12
 HEADS = 2
@@ -32,7 +33,15 @@ def codecs(heads=HEADS):
     """One codec of each kind; those with per-head tensors are made for ``heads`` heads."""
     mean = draw(heads, DIM, seed=50).double()
     turned = centre(mean).then(haar(DIM, seed=1)).stored()
-    return {
+    few = subspace(haar(DIM, seed=3).matrix[..., :5]).stored()
+    signs = sketch(DIM, 2 * DIM).stored()
+    parts = {
+        "subspace": Codec("rank", few, row_quantizer((6, 6, 4, 4, 0), gaussian)),
+        "sketch": Codec("qjl", signs, SketchQuantizer.of(signs.matrix)),
+        "groups": Codec("int", identity(DIM), GroupedQuantizer(Grouped(DIM, 2, 4, "token"))),
+    }
+    return parts | {
+        "joined": joined("sum", parts["groups"], parts["subspace"], parts["sketch"]),
         "dense": Codec("dense", identity(DIM), DenseQuantizer(Dense(DIM, torch.bfloat16))),
         "rows": Codec("rows", turned, row_quantizer((8, 7, 6, 5, 4, 4, 3, 3, 2, 2, 1, 0), gaussian)),
         "plain rows": Codec("rows", identity(DIM), row_quantizer((6,) * 4 + (0,) * 8, gaussian)),

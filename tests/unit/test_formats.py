@@ -11,8 +11,10 @@ from kvsight.errors import KVSightError
 from kvsight.formats import (
     Dense,
     Grouped,
+    Joined,
     Packed,
     Row,
+    Sketch,
     concat,
     dtype_from_name,
     dtype_name,
@@ -82,7 +84,10 @@ def test_ragged_groups_pay_for_a_whole_pair(dim, bits, group):
         (lambda: Grouped(8, 4, 0, "token"), "group 0 does not fit"),
         (lambda: Grouped(8, 4, 32, "token").nbytes(33), "whole blocks of 32 tokens; got 33. Keep the rem"),
         (lambda: format_from_spec({"kind": "ternary"}), r"unknown format \{'kind': 'ternary'\}"),
-        (lambda: format_from_spec({"kind": "row", "widths": [1]}), "knows row, grouped and dense"),
+        (
+            lambda: format_from_spec({"kind": "row", "widths": [1]}),
+            "knows row, grouped, dense, sketch and joined",
+        ),
         (
             lambda: format_from_spec({"kind": "dense", "dim": 2, "dtype": "int8"}),
             "unknown number type 'int8'",
@@ -113,7 +118,13 @@ def numbered(form, batch, heads, blocks):
 
 
 @pytest.mark.parametrize(
-    "form", [Dense(3, torch.float32), Row((5, 3), norm=True), Grouped(3, 4, 4, "token")]
+    "form",
+    [
+        Dense(3, torch.float32),
+        Row((5, 3), norm=True),
+        Grouped(3, 4, 4, "token"),
+        Joined((Grouped(3, 4, 4, "token"), Sketch(5))),
+    ],
 )
 def test_narrow_and_concat_are_inverse(form):
     whole = numbered(form, 2, 3, 6)

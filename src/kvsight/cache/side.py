@@ -70,7 +70,7 @@ def start(
 ) -> SideState:
     """An empty state for tokens shaped as ``like`` [B, H, n, d]."""
     heads = sum(len(p.heads) for p in placements)
-    dim = placements[0].codec.format.dim
+    dim = placements[0].codec.dim
     if like.shape[1] != heads or like.shape[3] != dim:
         raise KVSightError(
             f"the plan expects {heads} KV heads of dimension {dim}; the model gives "

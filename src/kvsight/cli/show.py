@@ -52,7 +52,7 @@ def _layers(plan: "Plan") -> list[dict[str, Any]]:
     for layer, side in ((layer, side) for layer in plan.layers for side in SIDES):
         heads = [row for row in ledger if (row.layer, row.side) == (layer.index, side)]
         bits = {name: sum(getattr(row, name) for row in heads) / len(heads) for name in _BITS}
-        width = sum(len(p.heads) * p.codec.format.dim for p in layer.side(side))
+        width = sum(len(p.heads) * p.codec.dim for p in layer.side(side))
         elements = width * plan.stored(layer, side, plan.reference_length).visible
         out.append(
             {

@@ -26,7 +26,7 @@ class LayerShape:
 
 def layer_shapes(plan: Plan) -> tuple[LayerShape, ...]:
     return tuple(
-        LayerShape(layer.index, layer.heads, layer.key[0].codec.format.dim, layer.value[0].codec.format.dim)
+        LayerShape(layer.index, layer.heads, layer.key[0].codec.dim, layer.value[0].codec.dim)
         for layer in plan.layers
     )
 

@@ -7,9 +7,10 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kvsight.codec import Codec, Placement, Quantizer
+from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
 from kvsight.formats import Format
+from kvsight.quantizers.base import Quantizer
 from kvsight.retention import Retention
 from kvsight.stats import SideStats
 from kvsight.transforms import Transform
@@ -37,11 +38,12 @@ class Budget:
         """The budget as its user knows it."""
         return f"{self.bits if self.asked is None else self.asked:.4g} bits"
 
-    def cost(self, form: Format) -> float:
-        """Stored bits per element of one head in this format."""
+    def cost(self, form: Format, dim: int | None = None) -> float:
+        """Stored bits per element of one head in this format; ``dim``: head_dim, else the format's."""
+        dim = form.dim if dim is None else dim
         kept = self.retention.stored(self.seen, form.block)
-        dense = kept.dense * form.dim * self.dense_dtype.itemsize
-        return 8 * (form.nbytes(kept.coded) + dense) / (kept.visible * form.dim)
+        dense = kept.dense * dim * self.dense_dtype.itemsize
+        return 8 * (form.nbytes(kept.coded) + dense) / (kept.visible * dim)
 
     def coded_bits(self) -> float:
         """What is left per coded element for a format of single tokens, once exact tokens are paid."""
@@ -51,12 +53,13 @@ class Budget:
         dense = kept.dense * 8 * self.dense_dtype.itemsize
         return (self.bits * kept.visible - dense) / kept.coded
 
-    def best(self, candidates: Sequence[F], method: str) -> F:
+    def best(self, candidates: Sequence[F], method: str, dim: int | None = None) -> F:
         """The dearest affordable candidate (the first of equals); raises when none is."""
-        affordable = [form for form in candidates if self.cost(form) <= self.bits + 1e-9]
+        costs = {form: self.cost(form, dim) for form in candidates}
+        affordable = [form for form in candidates if costs[form] <= self.bits + 1e-9]
         if affordable:
-            return max(affordable, key=self.cost)
-        cheapest = min(self.cost(form) for form in candidates)
+            return max(affordable, key=costs.__getitem__)
+        cheapest = min(costs.values())
         raise KVSightError(
             f"{method} cannot meet {self.named}; its cheapest configuration here stores "
             f"{cheapest:.4g}. Raise the budget or choose another method."

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvsight.codec import Codec
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Format, Grouped, Packed, Row, concat, format_from_spec
+from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Sketch, concat, format_from_spec
 from kvsight.ops.attend.ref import Segment
 from kvsight.packing import pack_row, unpack_row
 from kvsight.testing.laws import LawBroken, generator, hold, refused
@@ -63,7 +63,8 @@ def _case(codec: Codec, tokens: int | None, seed: int) -> _Case:
 
 
 def _draw(transform: Transform, heads: int, tokens: int, seed: int) -> Tensor:
-    y = torch.randn(_BATCH, heads, tokens, transform.dim, generator=generator(seed), dtype=torch.float64)
+    shape = (_BATCH, heads, tokens, transform.coordinates)
+    y = torch.randn(shape, generator=generator(seed), dtype=torch.float64)
     return transform.inverse(y).float()
 
 
@@ -260,6 +261,10 @@ def _widths(form: Format) -> tuple[int, ...]:
             return form.widths
         case Grouped():
             return (form.bits,) * form.dim
+        case Sketch():
+            return (1,) * form.dim
+        case Joined():
+            return _widths(form.parts[0])
     return ()
 
 

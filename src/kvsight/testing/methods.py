@@ -76,7 +76,7 @@ def _placement_laws(
         codec, count = placement.codec, len(placement.heads)
         hold("heads", codec.heads in (None, count), f"a codec of {codec.heads} heads serves {count}")
         hold("name", codec.name == method.name, f"{method.name} makes codecs named {codec.name}")
-        spent += count * budget.cost(codec.format) / stats.heads
+        spent += count * budget.cost(codec.format, codec.dim) / stats.heads
     hold("budget", spent <= bits + 1e-9, f"{method.name} stores {spent} bits of {bits}")
     least = min(bits, 8.0) - 8 / (stats.heads * stats.dim)
     full = method.rows is None or spent >= least - 1e-9
@@ -85,9 +85,7 @@ def _placement_laws(
 
 def _equal(a: tuple[Placement, ...], b: tuple[Placement, ...]) -> bool:
     def parts(placement: Placement) -> list[Tensor]:
-        codec = placement.codec
-        tensors = (codec.transform.shift, codec.transform.matrix, *codec.quantizer.tables)
-        return [t for t in tensors if t is not None]
+        return list(placement.codec.tensors.values())
 
     return len(a) == len(b) and all(
         p.heads == r.heads

@@ -9,7 +9,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from kvsight.formats import Dense, Format, Grouped, Packed, Row
+from kvsight.errors import KVSightError
+from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Sketch
 from kvsight.ops.attend import dispatch
 from kvsight.ops.attend.ref import Coded, Folded, Segment
 from kvsight.packing import MAX_WIDTH
@@ -115,12 +116,18 @@ def _take(items: Iterator[_T], count: int) -> list[_T]:
 
 def _numbers(form: Format) -> list[int]:
     """A format as a few numbers; widths fall, so that their counts say all."""
-    if isinstance(form, Row):
-        return [0, int(form.norm), *(form.widths.count(width) for width in range(MAX_WIDTH, -1, -1))]
-    if isinstance(form, Grouped):
-        return [1, form.dim, form.bits, form.group, _ALONG.index(form.along)]
-    assert isinstance(form, Dense)
-    return [2, form.dim, _TYPES.index(form.dtype)]
+    match form:
+        case Row():
+            return [0, int(form.norm), *(form.widths.count(width) for width in range(MAX_WIDTH, -1, -1))]
+        case Grouped():
+            return [1, form.dim, form.bits, form.group, _ALONG.index(form.along)]
+        case Dense():
+            return [2, form.dim, _TYPES.index(form.dtype)]
+        case Sketch():
+            return [3, form.dim]
+        case Joined():
+            return [4, len(form.parts), *(number for part in form.parts for number in _numbers(part))]
+    raise KVSightError(f"compiled graphs cannot hold {form.name}; do not compile this model.")
 
 
 def _format(numbers: Iterator[int]) -> Format:
@@ -132,6 +139,10 @@ def _format(numbers: Iterator[int]) -> Format:
         case 1:
             dim, bits, group, along = _take(numbers, 4)
             return Grouped(dim, bits, group, _ALONG[along])
-        case _:
+        case 2:
             dim, dtype = _take(numbers, 2)
             return Dense(dim, _TYPES[dtype])
+        case 3:
+            return Sketch(next(numbers))
+        case _:
+            return Joined(tuple(_format(numbers) for _ in range(next(numbers))))

@@ -94,7 +94,9 @@ def kv_heads(segment: Segment) -> int:
 def head_dim(segment: Segment) -> int:
     if segment.dense is not None:
         return segment.dense.shape[-1]
-    return segment.coded[0].packed.format.dim
+    coded = segment.coded[0]
+    inverse = coded.folded.inverse
+    return coded.packed.format.dim if inverse is None else inverse.shape[-1]
 
 
 def merge_heads(parts: Sequence[Tensor], heads: Sequence[tuple[int, ...]]) -> Tensor:

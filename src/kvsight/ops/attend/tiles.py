@@ -42,9 +42,12 @@ class FoldedTiles:
 
 def tileable(coded: Coded) -> bool:
     """Whether these heads can be held in tiles: chunks of one width, even levels, no norms."""
-    form = coded.packed.format
-    even = isinstance(form, Row) and tiled_widths(form) is not None and steps(coded) is not None
-    return even and coded.rope is None
+    form, inverse = coded.packed.format, coded.folded.inverse
+    if coded.rope is not None or not isinstance(form, Row):
+        return False
+    if inverse is not None and inverse.shape[-1] != form.dim:
+        return False
+    return tiled_widths(form) is not None and steps(coded) is not None
 
 
 def tiled_widths(form: Row) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ def supports(x: Tensor, rule: Rounding) -> bool:
         and x.dim() == 4
         and x.numel() > 0
         and rule.format.stored > 0
+        and rule.format.dim == x.shape[-1]
         and rule.edges.device == x.device
     )
 

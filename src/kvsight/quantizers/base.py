@@ -1,0 +1,32 @@
+"""What a quantizer is: reals in transform coordinates to codes in one format, and back."""
+
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from kvsight.formats import Format, Packed
+from kvsight.ops.encode.ref import Rounding
+
+
+class Quantizer(Protocol):
+    """Reals in transform coordinates to codes in one format, and back."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """Boundaries of a row, which is encoded in one pass; None where ``encode`` takes coordinates."""
+
+    def encode(self, y: Tensor) -> Packed: ...
+
+    def decode(self, packed: Packed) -> Tensor: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def heads(self, index: Sequence[int]) -> Self: ...
