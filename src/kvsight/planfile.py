@@ -24,7 +24,9 @@ from kvsight.formats import (
     Grouped,
     Joined,
     Row,
+    Scaled,
     Sketch,
+    Sparse,
     dtype_from_name,
     dtype_name,
     format_from_spec,
@@ -34,7 +36,9 @@ from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.joined import JoinedQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.scaled import ScaledQuantizer
 from kvsight.quantizers.sketch import SketchQuantizer
+from kvsight.quantizers.sparse import SparseQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.rope import Rope
 from kvsight.transforms import Transform, linear
@@ -228,6 +232,10 @@ def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor], transfo
             return GroupedQuantizer(form)
         case Dense():
             return DenseQuantizer(form)
+        case Scaled():
+            return ScaledQuantizer(form, tensors[f"{prefix}.levels"])
+        case Sparse():
+            return SparseQuantizer(form)
         case Sketch() if transform.matrix is not None:
             return SketchQuantizer.of(transform.matrix)
         case Joined() if transform.matrix is not None and transform.inverse_matrix is not None:

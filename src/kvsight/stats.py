@@ -91,6 +91,7 @@ class SideStats:
     ``passages`` [H, m, d] are runs of neighbouring tokens, for codecs of token blocks.
     ``rope`` is how keys turn with the position: None where they do not, or where ``rope_unknown`` says why
     it is not known. ``places`` [n] and ``passage_places`` [m] are the indices of the sampled tokens.
+    ``read_mean`` [H, d] is the mean of the queries that read a key.
     """
 
     moments: Moments
@@ -103,6 +104,7 @@ class SideStats:
     rope_unknown: str | None = None
     places: Tensor | None = None
     passage_places: Tensor | None = None
+    read_mean: Tensor | None = None
 
     @property
     def cost(self) -> Tensor | None:
@@ -190,6 +192,7 @@ def before_rope(side: SideStats) -> SideStats:
         damage=turned(side.damage),
         passages=None if side.passages is None else still(side.passages, side.passage_places),
         rope=None,
+        read_mean=None,
     )
 
 

@@ -526,6 +526,7 @@ def summarise(trace: Trace) -> Stats:
             rope_unknown=seen.turning.unknown,
             places=trace.places,
             passage_places=trace.passage_places,
+            read_mean=None if seen.query is None else seen.query.mean,
         )
         value = SideStats(seen.value, seen.output_metric, seen.value_sample, passages=seen.value_passages)
         if seen.key_gradient is not None and seen.value_gradient is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Sketch
+from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Scaled, Sketch, Sparse
 from kvsight.ops.attend import dispatch
 from kvsight.ops.attend.ref import Coded, Folded, Segment
 from kvsight.packing import MAX_WIDTH
@@ -125,6 +125,10 @@ def _numbers(form: Format) -> list[int]:
             return [2, form.dim, _TYPES.index(form.dtype)]
         case Sketch():
             return [3, form.dim]
+        case Scaled():
+            return [5, form.dim, form.bits, form.trimmed]
+        case Sparse():
+            return [6, form.dim, form.count]
         case Joined():
             return [4, len(form.parts), *(number for part in form.parts for number in _numbers(part))]
     raise KVSightError(f"compiled graphs cannot hold {form.name}; do not compile this model.")
@@ -144,5 +148,11 @@ def _format(numbers: Iterator[int]) -> Format:
             return Dense(dim, _TYPES[dtype])
         case 3:
             return Sketch(next(numbers))
+        case 5:
+            dim, bits, trimmed = _take(numbers, 3)
+            return Scaled(dim, bits, trimmed)
+        case 6:
+            dim, count = _take(numbers, 2)
+            return Sparse(dim, count)
         case _:
             return Joined(tuple(_format(numbers) for _ in range(next(numbers))))
