@@ -156,4 +156,4 @@ def test_a_base_that_turns_keys_back_keeps_its_rotation():
     there = rope.forth(k.double(), 100).float()
     near = coder.decode(coder.encode(there, 100), 100) - there
     far = coder.decode(coder.encode(there, 100), 101) - there
-    assert float(near.norm()) < 0.5 * float(far.norm())
+    assert float(near.norm()) < 0.6 * float(far.norm())
