@@ -236,10 +236,13 @@ class SideMachine(RuleBasedStateMachine):
         assert sum(storages.values()) <= self.oracle.nbytes
 
 
-def machine(name):
+def machine(name, examples=30):
     case = type(name, (SideMachine,), {"placements": PLANS[name]}).TestCase
     case.settings = settings(
-        max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
     return case
 
@@ -248,7 +251,25 @@ TestDense = machine("dense")
 TestRows = machine("rows")
 TestGroups = machine("groups")
 TestMixed = machine("mixed")
-TestTurning = machine("turning")
+TestTurning = machine("turning", examples=8)
+
+
+def test_places_count_what_a_sliding_window_freed():
+    case = type("Walk", (SideMachine,), {"placements": PLANS["turning"]})()
+    case.start(Retention(0, 2, 6), 1)
+    for tokens, recording in ((9, False), (3, False), (8, False), (17, True)):
+        case.append(tokens, recording)
+        case.bytes_are_the_oracles()
+        case.tokens_are_the_oracles()
+    assert case.state.first == case.oracle.index(0) > 8
+    case.save_and_restore()
+    # what is left of a cut block is decoded at its own place
+    for _ in range(13):
+        case.state = sides.crop(case.state, 1)
+        case.oracle.crop(1)
+        case.bytes_are_the_oracles()
+        case.tokens_are_the_oracles()
+    case.teardown()
 
 
 def test_a_model_of_another_shape_is_refused():

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from kvsight.codec import Codec
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Sketch, concat, format_from_spec
+from kvsight.formats import (
+    Dense,
+    Format,
+    Grouped,
+    Joined,
+    Packed,
+    Row,
+    Scaled,
+    Sketch,
+    concat,
+    format_from_spec,
+)
 from kvsight.ops.attend.ref import Segment
 from kvsight.packing import pack_row, unpack_row
 from kvsight.testing.laws import LawBroken, generator, hold, refused
@@ -178,6 +189,8 @@ def _nearest(case: _Case) -> None:
             best, step = _best_affine(form, case.packed, y)
         case Row():
             best, step = _best_level(form, codec.quantizer.tables, case.packed, y)
+        case Scaled():
+            best, step = _best_scaled(form, codec.quantizer.tables, case.packed, y)
         case _:
             return
     slack = 1e-4 * step + 1e-6 * y.abs()
@@ -210,6 +223,15 @@ def _best_level(form: Row, tables: tuple[Tensor, ...], packed: Packed, y: Tensor
             best[:, head, :, i] = scaled.gather(-1, at)[..., 0]
             step[:, head, :, i] = norm[:, head, :, 0] * book.diff().min()
     return best, step
+
+
+def _best_scaled(
+    form: Scaled, tables: tuple[Tensor, ...], packed: Packed, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    scale, zero = (tensor.double() for tensor in packed.tensors[1:])
+    every = tables[0].double() * scale.unsqueeze(-1) + zero.unsqueeze(-1)
+    at = (y.unsqueeze(-1) - every).abs().argmin(dim=-1, keepdim=True)
+    return every.expand(*y.shape, -1).gather(-1, at)[..., 0], scale
 
 
 def _attention_agrees(case: _Case) -> None:
@@ -260,6 +282,8 @@ def _widths(form: Format) -> tuple[int, ...]:
         case Row():
             return form.widths
         case Grouped():
+            return (form.bits,) * form.dim
+        case Scaled():
             return (form.bits,) * form.dim
         case Sketch():
             return (1,) * form.dim
