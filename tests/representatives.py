@@ -16,7 +16,7 @@ from kvsight.retention import Retention
 from kvsight.testing import random_stats
 
 # a method whose formats are none of these joins them; test_every_method.py says so
-REPRESENTATIVES = ("identity", "int", "kivi", "qjl", "qkqv", "sight", "turboquant")
+REPRESENTATIVES = ("headq", "identity", "int", "kivi", "kvquant", "qjl", "qkqv", "sight", "turboquant")
 _BUDGETS = (16.0, 8.0, 5.0, 3.0)
 
 

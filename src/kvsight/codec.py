@@ -14,6 +14,7 @@ from kvsight.ops.attend.ref import Coded, Folded
 from kvsight.ops.encode import encode
 from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.joined import JoinedQuantizer
+from kvsight.rope import Rope
 from kvsight.transforms import Transform
 
 
@@ -31,11 +32,14 @@ class Codec:
     """encode: [..., H, n, d] to ``Packed``; decode: back. ``name`` is the method that fitted it.
 
     ``transform.dim`` is head_dim; ``format.dim`` counts the coordinates that it is coded in.
+    With a ``rope`` keys are turned back by their index in the cache before they are coded, and forth again
+    when they are read; ``first`` is the index of the first token that a call is given.
     """
 
     name: str
     transform: Transform
     quantizer: Quantizer
+    rope: Rope | None = None
 
     @property
     def format(self) -> Format:
@@ -52,7 +56,7 @@ class Codec:
         counts = {t.shape[0] for t in self.tensors.values() if t.dim() > 1} - {1}
         return max(counts, default=None)
 
-    def encode(self, x: Tensor) -> Packed:
+    def encode(self, x: Tensor, first: int = 0) -> Packed:
         """Code whole blocks of tokens. NaN, inf and misfits raise ``KVSightError``."""
         if x.shape[-1] != self.dim:
             raise KVSightError(
@@ -70,18 +74,27 @@ class Codec:
                 "Keep the remainder in the dense tail."
             )
         check_finite(x)
-        return self.encode_checked(x)
+        return self.encode_checked(x, first)
 
-    def encode_checked(self, x: Tensor) -> Packed:
+    def encode_checked(self, x: Tensor, first: int = 0) -> Packed:
         """``encode`` for callers that have checked x themselves."""
+        x = self._unturned(x, first)
         rule = self.quantizer.rounding
         if rule is None:
             return self.quantizer.encode(self.transform.forward(self._compute(x)))
         return Packed(self.format, encode(x, self.transform.shift, self.transform.matrix, rule))
 
-    def decode(self, packed: Packed) -> Tensor:
+    def coordinates(self, x: Tensor, first: int = 0) -> Tensor:
+        """[..., H, n, d] as the quantizer is given them."""
+        return self.transform.forward(self._compute(self._unturned(x, first)))
+
+    def decode(self, packed: Packed, first: int = 0) -> Tensor:
         """[..., H, n, d]; fp32 unless the format is dense."""
-        return self.folded.decode(self.quantizer.decode(packed))
+        x = self.folded.decode(self.quantizer.decode(packed))
+        return x if self.rope is None else self.rope.forth(x, first)
+
+    def _unturned(self, x: Tensor, first: int) -> Tensor:
+        return x if self.rope is None else self.rope.back(x.double(), first)
 
     def _compute(self, x: Tensor) -> Tensor:
         plain = self.transform.shift is None and self.transform.matrix is None
@@ -98,9 +111,9 @@ class Codec:
             inverse = self.format.of_stored(inverse).contiguous()
         return Folded(inverse, self.transform.shift)
 
-    def coded(self, heads: tuple[int, ...], packed: Packed) -> Coded:
+    def coded(self, heads: tuple[int, ...], packed: Packed, first: int = 0) -> Coded:
         """What ``ops.attend`` reads: bytes, their tables and the folded transform."""
-        return Coded(heads, packed, self.quantizer.tables, self.folded)
+        return Coded(heads, packed, self.quantizer.tables, self.folded, self.rope, first)
 
     def to(self, device: torch.device | str) -> "Codec":
         """The codec with its tensors on ``device``."""
@@ -108,6 +121,7 @@ class Codec:
             self,
             transform=self.transform.to(device, torch.float32),
             quantizer=self.quantizer.to(device),
+            rope=None if self.rope is None else self.rope.to(device),
         )
 
     def of_heads(self, index: Sequence[int]) -> "Codec":
@@ -120,7 +134,8 @@ class Codec:
     def tensors(self) -> dict[str, Tensor]:
         """What a plan file holds of it, by name: means, matrices and codebooks, and nothing derived."""
         tables = zip(self.format.table_names, self.quantizer.tables, strict=True)
-        return {**self.transform.tensors, **dict(tables)}
+        turning = {} if self.rope is None else self.rope.tensors
+        return {**self.transform.tensors, **dict(tables), **turning}
 
     @property
     def static_nbytes(self) -> int:

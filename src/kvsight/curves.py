@@ -13,7 +13,7 @@ from kvsight.errors import KVSightError
 from kvsight.formats import Format, Row
 from kvsight.methods.base import Budget, Method, Option, Rows, Side
 from kvsight.retention import Retention
-from kvsight.stats import LayerStats, SideStats, shrunk
+from kvsight.stats import LayerStats, SideStats, before_rope, shrunk
 
 Floats = NDArray[np.float64]
 
@@ -175,6 +175,12 @@ def coding_cost(
     """Mean eᵀ·damage·e and mean ‖e‖²/d on the sample, [H] each."""
     cost = torch.zeros(stats.heads, dtype=torch.float64)
     error = torch.zeros(stats.heads, dtype=torch.float64)
+    if any(placement.codec.rope is not None for placement in placements):
+        # the sample is no run of tokens, but before RoPE places do not matter
+        stats = before_rope(replace(stats, damage=damage))
+        assert stats.damage is not None
+        damage = stats.damage
+        placements = tuple(replace(p, codec=replace(p.codec, rope=None)) for p in placements)
     for placement in placements:
         heads, block = list(placement.heads), placement.codec.format.block
         x = (stats.sample if stats.passages is None else stats.passages)[heads]

@@ -213,7 +213,8 @@ def settled(request: Request, stats: Stats) -> Request:
 def _calibrated(request: Request) -> bool:
     """Whether anything of the plan depends on the calibration's statistics."""
     allocated = any(request.rule(side) != "uniform" for side in SIDES)
-    return allocated or any(get(name).rows is not None for name in request.methods.values())
+    methods = [get(name) for name in request.methods.values()]
+    return allocated or any(method.rows is not None or method.fisher for method in methods)
 
 
 def trial_probe(model: "PreTrainedModel", batches: Sequence[Tensor]) -> "Probe":

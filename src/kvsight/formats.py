@@ -261,6 +261,83 @@ class Sketch(Format):
 
 
 @dataclass(frozen=True)
+class Scaled(Format):
+    """Codes into one codebook, with a scale and a zero point of the token's own in fp16.
+
+    ``trimmed`` extremes of a token take no part in its scale: a rule for encoding, which nobody who reads
+    needs.
+    """
+
+    dim: int
+    bits: int
+    trimmed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= MAX_WIDTH:
+            raise KVSightError(f"scaled codes have 1 to {MAX_WIDTH} bits; got {self.bits}.")
+        if not 0 <= self.trimmed < self.dim:
+            raise KVSightError(f"{self.trimmed} of {self.dim} numbers cannot be trimmed; leave one.")
+
+    @property
+    def name(self) -> str:
+        return f"scaled-{self.bits}b"
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        return (
+            Field("codes", torch.uint8, packed_width((self.bits,) * self.dim)),
+            Field("scale", torch.float16, 1, meta=True),
+            Field("zero", torch.float16, 1, meta=True),
+        )
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        return ("levels",)
+
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        """levels[code] · scale + zero; ``levels`` [2^bits]."""
+        rows, scale, zero = tensors
+        levels = tables[0][unpack_row(rows, (self.bits,) * self.dim).int()]
+        return levels * scale.to(levels) + zero.to(levels)
+
+    def spec(self) -> dict[str, object]:
+        return {"kind": "scaled", "dim": self.dim, "bits": self.bits, "trimmed": self.trimmed}
+
+
+@dataclass(frozen=True)
+class Sparse(Format):
+    """``count`` coordinates of a token as index and fp16 value; the others are zero."""
+
+    dim: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= self.dim:
+            raise KVSightError(f"a sparse format keeps 1 to {self.dim} coordinates; got {self.count}.")
+
+    @property
+    def name(self) -> str:
+        return f"sparse-{self.count}"
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        index = torch.uint8 if self.dim <= 256 else torch.int16
+        return (
+            Field("index", index, self.count, meta=True),
+            Field("values", torch.float16, self.count),
+        )
+
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        """The values at their places, zeros elsewhere."""
+        index, values = tensors
+        dense = torch.zeros(*index.shape[:-1], self.dim, device=index.device)
+        return dense.scatter_(-1, index.long(), values.float())
+
+    def spec(self) -> dict[str, object]:
+        return {"kind": "sparse", "dim": self.dim, "count": self.count}
+
+
+@dataclass(frozen=True)
 class Joined(Format):
     """Several codes of one token: their coordinates side by side, in the order of ``parts``.
 
@@ -338,10 +415,15 @@ def format_from_spec(spec: Mapping[str, object]) -> Format:
             return Grouped(dim, bits, group, along)
         case {"kind": "sketch", "dim": int(dim)}:
             return Sketch(dim)
+        case {"kind": "scaled", "dim": int(dim), "bits": int(bits), "trimmed": int(trimmed)}:
+            return Scaled(dim, bits, trimmed)
+        case {"kind": "sparse", "dim": int(dim), "count": int(count)}:
+            return Sparse(dim, count)
         case {"kind": "joined", "parts": list(parts)}:
             return Joined(tuple(format_from_spec(part) for part in parts))
     raise KVSightError(
-        f"unknown format {dict(spec)!r}; this kvsight knows row, grouped, dense, sketch and joined."
+        f"unknown format {dict(spec)!r}; this kvsight knows row, grouped, dense, sketch, scaled, "
+        "sparse and joined."
     )
 
 

@@ -24,7 +24,9 @@ from kvsight.formats import (
     Grouped,
     Joined,
     Row,
+    Scaled,
     Sketch,
+    Sparse,
     dtype_from_name,
     dtype_name,
     format_from_spec,
@@ -34,8 +36,11 @@ from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.joined import JoinedQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.scaled import ScaledQuantizer
 from kvsight.quantizers.sketch import SketchQuantizer
+from kvsight.quantizers.sparse import SparseQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.rope import Rope
 from kvsight.transforms import Transform, linear
 
 VERSION = 1
@@ -200,11 +205,17 @@ def _placement(entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tens
     form = format_from_spec(entry["format"])
     parts = (tensors.get(f"{prefix}.{name}") for name in ("shift", "matrix", "inverse"))
     transform = _transform(form.dim, *parts)
-    codec = Codec(entry["codec"], transform, _quantizer(form, prefix, tensors, transform))
+    quantizer = _quantizer(form, prefix, tensors, transform)
+    codec = Codec(entry["codec"], transform, quantizer, _rope(prefix, tensors))
     # plans of 0.1 did not say what they assumed
     mean, variance = tensors.get(f"{prefix}.mean"), tensors.get(f"{prefix}.variance")
     assumed = None if mean is None or variance is None else Assumed(mean, variance)
     return Placement(tuple(entry["heads"]), codec, assumed)
+
+
+def _rope(prefix: str, tensors: Mapping[str, Tensor]) -> Rope | None:
+    frequencies = tensors.get(f"{prefix}.frequencies")
+    return None if frequencies is None else Rope(frequencies, tensors[f"{prefix}.partners"])
 
 
 def _transform(dim: int, shift: Tensor | None, matrix: Tensor | None, inverse: Tensor | None) -> Transform:
@@ -221,6 +232,10 @@ def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor], transfo
             return GroupedQuantizer(form)
         case Dense():
             return DenseQuantizer(form)
+        case Scaled():
+            return ScaledQuantizer(form, tensors[f"{prefix}.levels"])
+        case Sparse():
+            return SparseQuantizer(form)
         case Sketch() if transform.matrix is not None:
             return SketchQuantizer.of(transform.matrix)
         case Joined() if transform.matrix is not None and transform.inverse_matrix is not None:

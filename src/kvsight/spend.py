@@ -304,8 +304,8 @@ def _as_stored(placed: Placed, stats: Stats) -> Placed:
 def _canonical(placement: Placement, stats: SideStats) -> Placement:
     codec, heads = placement.codec, list(placement.heads)
     transform = codec.transform.stored()
-    if not isinstance(codec.format, Row) or codec.format.norm:
-        # scales of the tokens' own, and copies, assume nothing
+    if not isinstance(codec.format, Row) or codec.format.norm or codec.rope is not None:
+        # scales of the tokens' own, and copies, assume nothing; a monitor does not turn keys back
         return Placement(placement.heads, replace(codec, transform=transform))
     assumed = Assumed.of(transform, stats.moments.mean[heads], stats.moments.covariance[heads])
     return Placement(placement.heads, replace(codec, transform=transform), assumed)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvsight.errors import KVSightError
 from kvsight.projections import Norms
+from kvsight.rope import Rope
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,9 @@ class SideStats:
     ``read`` are moments of what attention read, Σ_j α_j v_j with α averaged over the query heads that share
     the KV head; ``focus`` are those of a few tokens, weighed by exp(-½ entropy). Of values, where queries
     were seen.
+    ``rope`` is how keys turn with the position: None where they do not, or where ``rope_unknown`` says why
+    it is not known. ``places`` [n] and ``passage_places`` [m] are the indices of the sampled tokens.
+    ``read_mean`` [H, d] is the mean of the queries that read a key.
     """
 
     moments: Moments
@@ -101,6 +105,11 @@ class SideStats:
     passages: Tensor | None = None
     read: Moments | None = None
     focus: Moments | None = None
+    rope: Rope | None = None
+    rope_unknown: str | None = None
+    places: Tensor | None = None
+    passage_places: Tensor | None = None
+    read_mean: Tensor | None = None
 
     @property
     def cost(self) -> Tensor | None:
@@ -145,6 +154,51 @@ class Stats:
     def weighed(self) -> bool:
         """Whether damage is known everywhere, so that layers and sides have one unit."""
         return all(s.damage is not None for layer in self.layers for s in (layer.key, layer.value))
+
+
+# places that stand for all of them where a matrix is turned at each
+_PLACES = 128
+
+
+def before_rope(side: SideStats) -> SideStats:
+    """The same keys before their rotation; as they are where nothing turns.
+
+    Moments are those of the sample, since those of turned keys do not say. A matrix M that says what an
+    error e costs becomes the mean of R(j)ᵀ M R(j) over the places j: what e costs when it is turned forth.
+    """
+    if side.rope_unknown is not None:
+        raise KVSightError(
+            f"keys before RoPE are wanted, and the model's rotation is not known: {side.rope_unknown}. "
+            "Choose a method that codes keys as they are cached."
+        )
+    rope, places = side.rope, side.places
+    if rope is None:
+        return side
+    assert places is not None
+
+    def still(x: Tensor, at: Tensor | None) -> Tensor:
+        assert rope is not None and at is not None
+        return rope.turn(x.double(), -at).float()
+
+    def turned(matrix: Tensor | None) -> Tensor | None:
+        if matrix is None:
+            return None
+        some = places[:: -(-len(places) // _PLACES)]
+        # rows, then columns, each index a token of its own
+        rows = rope.turn(matrix.double().unsqueeze(-2).expand(-1, -1, len(some), -1), -some)
+        return rope.turn(rows.transpose(1, 3), -some).mean(-2).mT
+
+    sample = still(side.sample, places)
+    return replace(
+        side,
+        moments=Moments.zero(side.heads, side.dim).add(sample),
+        metric=turned(side.metric),
+        sample=sample,
+        damage=turned(side.damage),
+        passages=None if side.passages is None else still(side.passages, side.passage_places),
+        rope=None,
+        read_mean=None,
+    )
 
 
 # as many tokens of gradients as the read metric is worth beside them (docs/results.md)

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvsight.errors import KVSightError
 from kvsight.integrations.attention import attention_override, default_scaling, implementations, original
 from kvsight.projections import Norms, projection_norms
+from kvsight.rotary import Turning, turnings
 from kvsight.stats import LayerStats, Moments, SideStats, Stats, damage_metric
 
 Progress = Callable[[str, int, int], None]
@@ -142,15 +144,21 @@ class LayerTrace:
     key_passages: Tensor | None = None
     value_passages: Tensor | None = None
     norms: tuple[Norms, Norms] | None = None
+    turning: Turning = field(default_factory=Turning)
 
 
 @dataclass
 class Trace:
-    """Sampled post-RoPE Q, K, V of a model on text, per cached layer and KV head."""
+    """Sampled post-RoPE Q, K, V of a model on text, per cached layer and KV head.
+
+    ``places`` [n] and ``passage_places`` [m] are the indices of sampled tokens in their sequence.
+    """
 
     layers: dict[int, LayerTrace]
     tokens: int
     notes: tuple[str, ...]
+    places: Tensor | None = None
+    passage_places: Tensor | None = None
 
     def merge(self, other: "Trace") -> "Trace":
         """Moments add up; the samples of both are kept side by side."""
@@ -158,13 +166,16 @@ class Trace:
             raise KVSightError("cannot merge traces of models with different cached layers.")
         layers = {i: _merge_layer(a, other.layers[i]) for i, a in self.layers.items()}
         notes = tuple(dict.fromkeys(self.notes + other.notes))
-        return Trace(layers, self.tokens + other.tokens, notes)
+        places = _join(self.places, other.places), _join(self.passage_places, other.passage_places)
+        return Trace(layers, self.tokens + other.tokens, notes, *places)
+
+
+def _join(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """Sampled tokens side by side: the last dimension of places [n], the second of vectors [H, n, ...]."""
+    return x if y is None else y if x is None else torch.cat([x, y], dim=min(1, x.dim() - 1))
 
 
 def _merge_layer(a: LayerTrace, b: LayerTrace) -> LayerTrace:
-    def join(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-        return x if y is None else y if x is None else torch.cat([x, y], dim=1)
-
     def add(x: Moments | None, y: Moments | None) -> Moments | None:
         return x if y is None else y if x is None else x.merge(y)
 
@@ -178,17 +189,18 @@ def _merge_layer(a: LayerTrace, b: LayerTrace) -> LayerTrace:
         add(a.query, b.query),
         add(a.read, b.read),
         add(a.focus, b.focus),
-        join(a.key_sample, b.key_sample),
-        join(a.value_sample, b.value_sample),
-        join(a.query_sample, b.query_sample),
+        _join(a.key_sample, b.key_sample),
+        _join(a.value_sample, b.value_sample),
+        _join(a.query_sample, b.query_sample),
         a.output_metric if a.output_metric is not None else b.output_metric,
         add(a.key_gradient, b.key_gradient),
         add(a.value_gradient, b.value_gradient),
-        join(a.key_salience, b.key_salience) if weighed else None,
-        join(a.value_salience, b.value_salience) if weighed else None,
-        join(a.key_passages, b.key_passages),
-        join(a.value_passages, b.value_passages),
+        _join(a.key_salience, b.key_salience) if weighed else None,
+        _join(a.value_salience, b.value_salience) if weighed else None,
+        _join(a.key_passages, b.key_passages),
+        _join(a.value_passages, b.value_passages),
         a.norms if a.norms is not None else b.norms,
+        a.turning,
     )
 
 
@@ -226,7 +238,25 @@ def observe(
                 progress("observe", count, total)
     if observer.tokens == 0:
         raise KVSightError("calibration needs at least one batch of token ids; got none.")
-    return observer.trace(listens)
+    trace = observer.trace(listens)
+    with _evaluating(model):
+        found = turnings(model, partial(_first_keys, model))
+    for layer, seen in trace.layers.items():
+        seen.turning = found[layer]
+    return trace
+
+
+def _first_keys(model: PreTrainedModel, count: int, **arguments: Tensor) -> dict[int, Tensor]:
+    """Cached keys [1, H, count, d] of a short text."""
+    keys: dict[int, Tensor] = {}
+
+    def sink(layer: int, k: Tensor, v: Tensor) -> None:
+        keys[layer] = k
+
+    ids = torch.arange(count, device=model.device).unsqueeze(0)
+    with torch.no_grad():
+        model(ids, past_key_values=SpyCache(model.config, sink), use_cache=True, **arguments)
+    return keys
 
 
 @contextmanager
@@ -275,6 +305,8 @@ class _Observer:
         self.weighing = weighing
         self.passages = _Sampler(_PASSAGE_TOKENS, sampler.generator, _RUN)
         self.layers: dict[int, LayerTrace] = {}
+        self.places: Tensor | None = None
+        self.passage_places: Tensor | None = None
         self.tokens = 0
         self.unpackable: set[str] = set()
         self.no_gradient: str | None = None
@@ -287,6 +319,9 @@ class _Observer:
         gradient = gradient and self.no_gradient is None
         self.sampler.draw(ids.numel(), take=gradient or not self.weighing)
         self.passages.draw(ids.numel(), take=True)
+        places = torch.arange(ids.shape[1]).repeat(ids.shape[0]).unsqueeze(0)
+        self.places = self.sampler.update(self.places, places)
+        self.passage_places = self.passages.update(self.passage_places, places)
         self.cache = SpyCache(self.model.config, self.on_cache)
         ids = ids.to(self.model.device)
         try:
@@ -446,7 +481,9 @@ class _Observer:
             for layer in self.layers.values():
                 layer.key_gradient = layer.value_gradient = None
                 layer.key_salience = layer.value_salience = None
-        return Trace(dict(sorted(self.layers.items())), self.tokens, tuple(notes))
+        assert self.places is not None and self.passage_places is not None
+        places = self.places[0].long(), self.passage_places[0].long()
+        return Trace(dict(sorted(self.layers.items())), self.tokens, tuple(notes), *places)
 
 
 @contextmanager
@@ -514,7 +551,17 @@ def summarise(trace: Trace) -> Stats:
     for seen in trace.layers.values():
         assert seen.key_sample is not None and seen.value_sample is not None
         query_metric = None if seen.query is None else seen.query.second
-        key = SideStats(seen.key, query_metric, seen.key_sample, passages=seen.key_passages)
+        key = SideStats(
+            seen.key,
+            query_metric,
+            seen.key_sample,
+            passages=seen.key_passages,
+            rope=seen.turning.rope,
+            rope_unknown=seen.turning.unknown,
+            places=trace.places,
+            passage_places=trace.passage_places,
+            read_mean=None if seen.query is None else seen.query.mean,
+        )
         value = SideStats(seen.value, seen.output_metric, seen.value_sample, passages=seen.value_passages)
         value = replace(value, read=seen.read, focus=seen.focus)
         if seen.key_gradient is not None and seen.value_gradient is not None:

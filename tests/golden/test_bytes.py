@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from kvsight.codec import Codec, joined
-from kvsight.formats import Dense, Format, Grouped, Packed, Row
+from kvsight.formats import Dense, Format, Grouped, Packed, Row, Scaled, Sparse
 from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.scaled import ScaledQuantizer
 from kvsight.quantizers.sketch import SketchQuantizer
+from kvsight.quantizers.sparse import SparseQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.transforms import identity
 
@@ -71,6 +73,18 @@ GOLDEN = {
     ),
     "sketch": Golden(
         SketchQuantizer.of(torch.eye(2)), [[3, -4]], {"signs": "01", "norm": "00 45"}, read=[[5, -5]]
+    ),
+    "scaled": Golden(
+        ScaledQuantizer(Scaled(4, 2, trimmed=1), torch.tensor([-1.0, -0.5, 0.5, 1.0])),
+        [[0, 1, 3, 50]],
+        {"codes": "f4", "scale": "00 3e", "zero": "00 3e"},
+        read=[[0, 0.75, 3, 3]],
+    ),
+    "sparse": Golden(
+        SparseQuantizer(Sparse(4, 2)),
+        [[0, -5, 1, 2]],
+        {"index": "01 03", "values": "00 c5 00 40"},
+        read=[[0, -5, 0, 2]],
     ),
     "joined": Golden(
         joined(

@@ -152,7 +152,8 @@ def test_queries_are_pooled_over_the_heads_that_share_keys(model, monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", record)
     trace = observe(subject, batches(2))
     for i, layer in trace.layers.items():
-        mine = rotated[i :: len(trace.layers)]
+        # what comes later asks for the rotation
+        mine = rotated[i : 2 * len(trace.layers) : len(trace.layers)]
         for head in range(2):
             # [B, 4, T, d]: query heads 2h and 2h + 1 read KV head h
             pooled = torch.cat([q[:, 2 * head : 2 * head + 2].flatten(0, 2) for q in mine]).double()

@@ -26,7 +26,7 @@ ORDER = (
         "records",
     ),
     ("projections", "allocate"),
-    ("formats",),
+    ("formats", "rope"),
     ("ops",),
     ("quantizers", "transforms", "stats", "distortion"),
     ("drift",),
@@ -38,7 +38,7 @@ ORDER = (
     ("spend", "cache"),
     ("integrations",),
     ("probe",),
-    ("trace", "propagation", "fit", "doctor"),
+    ("rotary", "trace", "propagation", "fit", "doctor"),
     ("eval", "testing"),
     ("report",),
     ("cli", "__main__"),
@@ -84,7 +84,7 @@ def part(name):
 
 def test_engines_are_imported_only_where_the_design_allows():
     found = {name for name in TREES if ENGINES & {top for top, _ in imports(name)}}
-    assert {part(name) for name in found} <= {"integrations", "trace", "eval"}
+    assert {part(name) for name in found} <= {"integrations", "rotary", "trace", "eval"}
 
 
 def test_imports_point_one_way():
@@ -102,7 +102,7 @@ def test_imports_point_one_way():
 
 def test_ops_import_formats_and_packing_only():
     found = {part(inner) for name in TREES if part(name) == "ops" for inner in ours(name)}
-    assert found <= {"ops", "formats", "packing", "tiling", "errors"}
+    assert found <= {"ops", "formats", "packing", "rope", "tiling", "errors"}
 
 
 def test_nothing_imports_eval_but_the_package_and_the_commands():

@@ -17,10 +17,12 @@ from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
 from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.rope import pairs
 from kvsight.transforms import centre, haar, identity, sketch, subspace
 
 DIM = 12
 HEADS = 2
+ROPE = pairs(torch.tensor([1.0, 0.3, 0.01]), DIM, first=4)
 
 
 def draw(*shape, seed=0):
@@ -46,21 +48,23 @@ def codecs(heads=HEADS):
         "normed rows": Codec("norm", haar(DIM, seed=2).stored(), row_quantizer((4,) * DIM, gaussian, True)),
         "channel groups": Codec("int", identity(DIM), GroupedQuantizer(Grouped(DIM, 4, 5, "channel"))),
         "token groups": Codec("kivi", identity(DIM), GroupedQuantizer(Grouped(DIM, 3, 4, "token"))),
+        "turning rows": Codec("rows", turned, row_quantizer((5,) * 8 + (0,) * 4, gaussian), ROPE),
+        "turning groups": Codec("int", identity(DIM), GroupedQuantizer(Grouped(DIM, 3, 4, "token")), ROPE),
     }
 
 
 KINDS = list(codecs())
 
 
-def coded(kind, x, skip=0):
+def coded(kind, x, skip=0, first=9):
     """All heads of x in one codec; ``skip`` tokens are stored in front and hidden."""
     codec = codecs(x.shape[1])[kind]
     block = codec.format.block
     missing = -(x.shape[2] + skip) % block
     assert not missing, f"{kind} takes blocks of {block}"
     hidden = draw(x.shape[0], x.shape[1], skip, x.shape[3], seed=60)
-    packed = codec.encode(torch.cat((hidden, x), dim=2))
-    return Segment(x.shape[2], coded=(codec.coded(tuple(range(x.shape[1])), packed),), skip=skip)
+    packed = codec.encode(torch.cat((hidden, x), dim=2), first)
+    return Segment(x.shape[2], coded=(codec.coded(tuple(range(x.shape[1])), packed, first),), skip=skip)
 
 
 def split_by_head(kinds, x):
@@ -81,7 +85,9 @@ def decoded(side, dtype=torch.float64):
             continue
         heads = {}
         for c in segment.coded:
-            numbers = c.folded.decode(c.packed.read(c.tables).to(dtype))[:, :, segment.skip :]
+            numbers = c.folded.decode(c.packed.read(c.tables).to(dtype))
+            numbers = numbers if c.rope is None else c.rope.forth(numbers, c.first)
+            numbers = numbers[:, :, segment.skip :]
             heads |= dict(zip(c.heads, numbers.unbind(1), strict=True))
         parts.append(torch.stack([heads[h] for h in sorted(heads)], dim=1))
     return torch.cat(parts, dim=2)
@@ -211,7 +217,7 @@ def test_rows_that_see_nothing_stay_finite_and_others_exact(lowest, sink_logits)
 
 
 @pytest.mark.parametrize("skip", [1, 4, 7, 63, 100])
-@pytest.mark.parametrize("kind", ["rows", "token groups"])
+@pytest.mark.parametrize("kind", ["rows", "token groups", "turning groups"])
 def test_hidden_tokens_take_no_part(kind, skip):
     tokens = 100 + -skip % 4
     k, v = draw(1, 2, tokens, DIM, seed=8), draw(1, 2, tokens, DIM, seed=9)
@@ -256,6 +262,17 @@ def test_long_prompts_go_a_few_queries_at_a_time(monkeypatch, settings):
 def test_values_may_be_narrower_than_keys():
     k, v = draw(1, 2, 9, DIM, seed=25), draw(1, 2, 9, 5, seed=26)
     check(draw(1, 2, 2, DIM, seed=27), [coded("rows", k)], [Segment(9, dense=v)])
+
+
+@pytest.mark.parametrize("chunk", [4, 8, 20])
+def test_turning_keys_keep_their_index_in_every_chunk(monkeypatch, chunk):
+    k, v = draw(1, 2, 49, DIM, seed=36), draw(1, 2, 49, DIM, seed=37)
+    keys, values, q = [coded("turning groups", k, skip=3)], [Segment(49, dense=v)], draw(1, 4, 3, DIM)
+    # 3 bits over groups of 4; an index that is off by one costs far more
+    assert float((decoded(keys) - k).square().mean()) < 0.05
+    exact = plain(q, keys, values, torch.float64, scaling=0.3)
+    monkeypatch.setattr(definition, "_CHUNK", chunk)
+    assert torch.allclose(attend(q, keys, values, scaling=0.3).double(), exact, atol=2e-6)
 
 
 def test_strided_queries():

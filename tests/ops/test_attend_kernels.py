@@ -4,6 +4,7 @@ In the interpreter a program takes tens of milliseconds, so that cases are as sm
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from kvsight.ops.attend import Segment, attend, dispatch, op, ref
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import fitted_levels, gaussian, row_quantizer, uniform
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.rope import pairs
 from kvsight.transforms import centre, haar, identity, sketch, subspace
 
 pytestmark = [available, pytest.mark.usefixtures("kernels")]
@@ -312,6 +314,8 @@ def test_dispatch():
 def test_segments_survive_flattening():
     keys, values = mixed()
     keys.append(coded([CODECS["half"], CODECS["levels"]], draw(1, 2, 3, DIM)))
+    turning = replace(CODECS["nibbles"], rope=pairs(torch.tensor([1.0, 0.1]), DIM))
+    keys.append(Segment(0, coded=(turning.coded((0,), turning.encode(draw(1, 1, 0, DIM)), 17),)))
     tensors, layout = op.flatten((keys, values))
     numbers, stored = iter(layout), iter(tensors)
     for side in (keys, values):
@@ -321,6 +325,10 @@ def test_segments_survive_flattening():
             assert (back.tokens, back.skip) == (segment.tokens, segment.skip)
             for mine, theirs in zip(segment.coded, back.coded, strict=True):
                 assert (mine.heads, mine.packed.format) == (theirs.heads, theirs.packed.format)
+                assert mine.first == theirs.first
+                if mine.rope is not None:
+                    assert mine.rope.frequencies is theirs.rope.frequencies
+                    assert mine.rope.partners is theirs.rope.partners
                 ours = (*mine.packed.tensors, *mine.tables, mine.folded.inverse, mine.folded.shift)
                 assert all(
                     a is b

@@ -14,7 +14,9 @@ from kvsight.formats import (
     Joined,
     Packed,
     Row,
+    Scaled,
     Sketch,
+    Sparse,
     concat,
     dtype_from_name,
     dtype_name,
@@ -30,6 +32,9 @@ FORMATS = [
     (Row((0, 0)), 0, 0, 1),
     (Grouped(10, 3, 4, "channel"), 4 + 12, 12, 1),
     (Grouped(10, 3, 4, "token"), 4 * 4 + 40, 40, 4),
+    (Scaled(10, 3, 2), 4 + 4, 4, 1),
+    (Sparse(10, 3), 9, 3, 1),
+    (Sparse(257, 3), 12, 6, 1),
 ]
 
 
@@ -86,7 +91,7 @@ def test_ragged_groups_pay_for_a_whole_pair(dim, bits, group):
         (lambda: format_from_spec({"kind": "ternary"}), r"unknown format \{'kind': 'ternary'\}"),
         (
             lambda: format_from_spec({"kind": "row", "widths": [1]}),
-            "knows row, grouped, dense, sketch and joined",
+            "knows row, grouped, dense, sketch, scaled, sparse and joined",
         ),
         (
             lambda: format_from_spec({"kind": "dense", "dim": 2, "dtype": "int8"}),

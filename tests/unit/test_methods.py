@@ -213,6 +213,12 @@ def test_a_window_of_everything_leaves_nothing_to_code():
         ),
         ("qjl", 1.7, "qjl cannot meet 1.7 bits; its cheapest configuration here stores 1.75"),
         ("sight", 0.12, "sight cannot meet 0.12 bits; its smallest row stores 0.125"),
+        (
+            "headq",
+            1.3,
+            "headq cannot meet 1.3 bits: its side code leaves 1.05 to its base. kivi cannot meet",
+        ),
+        ("kvquant", 1.3, "kvquant cannot meet 1.3 bits; its cheapest configuration here stores 1.375"),
     ],
 )
 def test_budgets_below_the_cheapest_say_what_it_is(name, bits, message):
@@ -242,6 +248,15 @@ def test_a_budget_that_exact_tokens_use_up_says_so():
         ("turboquant", {"centre": "maybe"}, r"'centre' takes bool \(default False\); got 'maybe'"),
         ("sight", {"shrink": "nan"}, "'shrink' is a share from 0 to 1; got nan"),
         ("sight", {"shrink": -0.1}, "'shrink' is a share from 0 to 1; got -0.1"),
+        ("headq", {"base": "headq"}, "'base' is another method and its options .* got 'headq'"),
+        ("headq", {"base": "kivi 64"}, "'base' is another method and its options .* got 'kivi 64'"),
+        ("headq", {"base": "kiwi"}, "unknown method 'kiwi'. Did you mean kivi?"),
+        ("headq", {"base": "int axes=x"}, "int has no option 'axes'"),
+        ("headq", {"rank": 65}, "'rank' is 1 to head_dim, here 64; got 65"),
+        ("headq", {"side_bits": 9}, "'side_bits' is 1 to 8; got 9"),
+        ("headq", {"scales": "loose"}, "'scales' is one of static, dynamic; got 'loose'"),
+        ("headq", {"control": "placebo"}, "'control' is one of none, wrong-sign, random; got 'placebo'"),
+        ("headq", {"centred": True}, "'centred' needs the mean query, which was not observed"),
         ("kivi", {"group": "wide"}, r"'group' takes int \(default 0\); got 'wide'"),
         ("kivi", {"grup": 32}, "kivi has no option 'grup'; its options: group=0"),
         ("identity", {"group": 32}, "identity has no option 'group'; its options: none"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvsight
-from kvsight.formats import Dense, Grouped, Joined, Row, Sketch
+from kvsight.formats import Dense, Grouped, Joined, Row, Scaled, Sketch, Sparse
 
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 NAMES = kvsight.methods()
@@ -79,6 +79,18 @@ def rows_of_bits():
         yield name, [rank, *(bits(Dense(rank, torch.bfloat16), dim) for dim in (64, 128))]
     for b, rank in ((8, 32), (4, 64)):
         yield "rank-int8", [b, rank, *(bits(Row((b,) * rank), dim) for dim in (64, 128))]
+    for r, norm in ((2, False), (4, False), (4, True), (8, False)):
+        side = Row((4,) * r, norm)
+        cells = [f"{8 * side.nbytes(1) / dim:g}" for dim in (64, 128)]
+        yield "headq", [r, 4, "dynamic" if norm else "static", *cells]
+    for b in (2, 3, 4):
+        parts = {dim: (Row((b,) * dim), Scaled(dim, b, 1), Sparse(dim, 1)) for dim in (64, 128)}
+        cells = [
+            f"{8 * sum(part.nbytes(1) for part in (parts[dim][side], parts[dim][2])) / dim:g}"
+            for side in (0, 1)
+            for dim in (64, 128)
+        ]
+        yield "kvquant", [b, *cells]
     for size in (16, 24, 26, 32, 48, 64):
         narrow, wide = (Row((8,) * size + (0,) * (dim - size)) for dim in (64, 128))
         yield "sight", [size, bits(narrow), bits(wide)]

@@ -4,6 +4,8 @@ The oracle codes each block alone and never touches it again, so equality of byt
 is independent of chunking and that committed bytes are never rewritten.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,6 +20,7 @@ from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.retention import Retention
+from kvsight.rope import pairs
 from kvsight.transforms import centre, haar, identity
 
 DIM = 4
@@ -31,12 +34,14 @@ def codec(quantizer, transform=None):
 ROTATED = centre(torch.full((1, DIM), 0.5)).then(haar(DIM, seed=1).stored())
 BLOCKS = codec(GroupedQuantizer(Grouped(DIM, 3, 4, "token")))
 ROWS = codec(row_quantizer((4, 3, 1, 0), gaussian), ROTATED)
+ROPE = pairs(torch.tensor([1.0, 0.1]), DIM)
 PLANS = {
     "dense": (Placement((0, 1), codec(DenseQuantizer(Dense(DIM, DENSE)))),),
     "rows": (Placement((0, 1), ROWS),),
     "groups": (Placement((0, 1), BLOCKS),),
     # heads out of order, one format each, of which one takes blocks
     "mixed": (Placement((1,), BLOCKS), Placement((0,), ROWS)),
+    "turning": (Placement((1,), replace(BLOCKS, rope=ROPE)), Placement((0,), replace(ROWS, rope=ROPE))),
 }
 RETENTIONS = st.sampled_from(
     [
@@ -56,7 +61,7 @@ class Oracle:
     def __init__(self, placements, retention):
         self.placements, self.retention = placements, retention
         self.block = max(p.codec.format.block for p in placements)
-        self.sinks, self.blocks, self.pending, self.hidden = [], [], [], 0
+        self.sinks, self.blocks, self.pending, self.hidden, self.freed = [], [], [], 0, 0
 
     def append(self, x):
         exact = self.block > 1 or self.retention.exact_last > 0
@@ -68,18 +73,25 @@ class Oracle:
         while len(self.pending) - self.retention.exact_last >= self.block:
             whole = torch.cat(self.pending[: self.block], dim=2)
             del self.pending[: self.block]
-            self.blocks.append([p.codec.encode(whole[:, list(p.heads)]) for p in self.placements])
+            at = self.index(len(self.blocks))
+            self.blocks.append([p.codec.encode(whole[:, list(p.heads)], at) for p in self.placements])
 
-    def decoded(self, block):
+    def index(self, block):
+        """The place in the sequence of the first token of a block."""
+        return self.freed + len(self.sinks) + block * self.block
+
+    def decoded(self, i):
+        block = self.blocks[i]
         out = torch.empty(block[0].tensors[0].shape[0], 2, self.block, DIM)
         for placement, packed in zip(self.placements, block, strict=True):
-            out[:, list(placement.heads)] = placement.codec.decode(packed).float()
+            out[:, list(placement.heads)] = placement.codec.decode(packed, self.index(i)).float()
         return out
 
     def crop(self, remove):
         for _ in range(remove):
             if not self.pending and self.blocks:
-                self.pending = [t.to(DENSE) for t in self.decoded(self.blocks.pop()).split(1, dim=2)]
+                self.pending = [t.to(DENSE) for t in self.decoded(len(self.blocks) - 1).split(1, dim=2)]
+                self.blocks.pop()
             tokens = self.pending or self.sinks
             if tokens:
                 tokens.pop()
@@ -89,6 +101,7 @@ class Oracle:
         while self.hidden >= self.block and self.blocks:
             del self.blocks[0]
             self.hidden -= self.block
+            self.freed += self.block
 
     def select(self, index):
         self.sinks = [t[index] for t in self.sinks]
@@ -96,8 +109,12 @@ class Oracle:
         self.blocks = [[packed.select(index) for packed in block] for block in self.blocks]
 
     @property
+    def held(self):
+        return len(self.sinks) + len(self.blocks) * self.block + len(self.pending)
+
+    @property
     def visible(self):
-        return len(self.sinks) + len(self.blocks) * self.block + len(self.pending) - self.hidden
+        return self.held - self.hidden
 
     @property
     def nbytes(self):
@@ -106,7 +123,7 @@ class Oracle:
 
     def tokens(self):
         parts = [t.float() for t in self.sinks]
-        parts += [self.decoded(block) for block in self.blocks]
+        parts += [self.decoded(i) for i in range(len(self.blocks))]
         parts += [t.float() for t in self.pending]
         whole = torch.cat(parts, dim=2) if parts else None
         return None if whole is None else whole[:, :, self.hidden :]
@@ -171,7 +188,7 @@ class SideMachine(RuleBasedStateMachine):
         stored = {name: t.clone() for name, t in sides.tensors(self.state).items()}
         like = torch.zeros(self.batch, 2, 1, DIM)
         fresh = sides.start(self.placements, self.retention, DENSE, like)
-        self.state = sides.restore(fresh, stored, self.state.skip)
+        self.state = sides.restore(fresh, stored, self.state.skip, self.oracle.freed + self.oracle.held)
 
     @rule()
     def move(self):
@@ -219,10 +236,13 @@ class SideMachine(RuleBasedStateMachine):
         assert sum(storages.values()) <= self.oracle.nbytes
 
 
-def machine(name):
+def machine(name, examples=30):
     case = type(name, (SideMachine,), {"placements": PLANS[name]}).TestCase
     case.settings = settings(
-        max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples,
+        stateful_step_count=15,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
     return case
 
@@ -231,6 +251,25 @@ TestDense = machine("dense")
 TestRows = machine("rows")
 TestGroups = machine("groups")
 TestMixed = machine("mixed")
+TestTurning = machine("turning", examples=8)
+
+
+def test_places_count_what_a_sliding_window_freed():
+    case = type("Walk", (SideMachine,), {"placements": PLANS["turning"]})()
+    case.start(Retention(0, 2, 6), 1)
+    for tokens, recording in ((9, False), (3, False), (8, False), (17, True)):
+        case.append(tokens, recording)
+        case.bytes_are_the_oracles()
+        case.tokens_are_the_oracles()
+    assert case.state.first == case.oracle.index(0) > 8
+    case.save_and_restore()
+    # what is left of a cut block is decoded at its own place
+    for _ in range(13):
+        case.state = sides.crop(case.state, 1)
+        case.oracle.crop(1)
+        case.bytes_are_the_oracles()
+        case.tokens_are_the_oracles()
+    case.teardown()
 
 
 def test_a_model_of_another_shape_is_refused():

@@ -23,7 +23,10 @@ _ENCODE = 1 << 17
 
 @dataclass(frozen=True, eq=False)
 class SideState:
-    """``sinks`` and ``tail`` [B, H, n, d] in ``dense_dtype``; ``coded`` one ``Packed`` per placement."""
+    """``sinks`` and ``tail`` [B, H, n, d] in ``dense_dtype``; ``coded`` one ``Packed`` per placement.
+
+    ``freed`` tokens came before the first one that is held.
+    """
 
     placements: tuple[Placement, ...]
     retention: Retention
@@ -32,6 +35,16 @@ class SideState:
     coded: tuple[Packed, ...]
     tail: Tensor
     skip: int = 0
+    freed: int = 0
+
+    @property
+    def first(self) -> int:
+        """Index in the sequence of the first coded token."""
+        return self.freed + int(self.sinks.shape[2])
+
+    @property
+    def held(self) -> int:
+        return int(self.sinks.shape[2] + self.coded[0].tokens + self.tail.shape[2])
 
     @property
     def block(self) -> int:
@@ -39,8 +52,7 @@ class SideState:
 
     @property
     def visible(self) -> int:
-        held = self.sinks.shape[2] + self.coded[0].tokens + self.tail.shape[2]
-        return int(held) - self.skip
+        return self.held - self.skip
 
     @property
     def nbytes(self) -> int:
@@ -92,25 +104,29 @@ def append(state: SideState, x: Tensor) -> SideState:
     pool = torch.cat([state.tail, x], dim=2) if state.tail.shape[2] else x
     commit = max(0, pool.shape[2] - last) // state.block * state.block
     coded = state.coded
+    first = state.freed + sinks.shape[2] + coded[0].tokens
     if commit:
         coded = tuple(
-            _grown(old, p.codec, _of_heads(pool[:, :, :commit], p.heads))
+            _grown(old, p.codec, _of_heads(pool[:, :, :commit], p.heads), first)
             for old, p in zip(state.coded, state.placements, strict=True)
         )
     tail = pool[:, :, commit:].to(state.dense_dtype)
     return replace(state, sinks=sinks, coded=coded, tail=_owned(tail, pool))
 
 
-def _grown(old: Packed, codec: Codec, x: Tensor) -> Packed:
-    """``old`` with x coded behind it; a long x goes in pieces, so that scratch memory stays bounded."""
+def _grown(old: Packed, codec: Codec, x: Tensor, first: int) -> Packed:
+    """``old`` with x, whose indices begin at ``first``, coded behind it.
+
+    A long x goes in pieces, so that scratch memory stays bounded.
+    """
     block = codec.format.block
     per_token = x.shape[0] * x.shape[1] * x.shape[3]
     step = max(1, _ENCODE // (per_token * block)) * block
     if x.shape[2] <= step:
-        return concat([old, codec.encode_checked(x)])
+        return concat([old, codec.encode_checked(x, first)])
     grown = room(old, x.shape[2])
     for start in range(0, x.shape[2], step):
-        piece = codec.encode_checked(x[:, :, start : start + step])
+        piece = codec.encode_checked(x[:, :, start : start + step], first + start)
         grown.narrow(old.tokens + start, old.tokens + start + piece.tokens).copy_(piece)
     return grown
 
@@ -135,7 +151,7 @@ def hide(state: SideState, visible: int) -> SideState:
     if not freed:
         return replace(state, skip=skip)
     coded = tuple(packed.narrow(freed, packed.tokens).contiguous() for packed in state.coded)
-    return replace(state, coded=coded, skip=skip - freed)
+    return replace(state, coded=coded, skip=skip - freed, freed=state.freed + freed)
 
 
 def crop(state: SideState, remove: int) -> SideState:
@@ -145,6 +161,7 @@ def crop(state: SideState, remove: int) -> SideState:
     """
     if remove <= 0:
         return state
+    seen = max(0, state.freed + state.held - remove)
     tail = state.tail.shape[2]
     if remove <= tail:
         return replace(state, tail=state.tail[:, :, : tail - remove].clone())
@@ -156,7 +173,8 @@ def crop(state: SideState, remove: int) -> SideState:
     rest = state.tail[:, :, :0]
     if keep > whole:
         cut = [packed.narrow(whole, whole + state.block) for packed in state.coded]
-        parts = [p.codec.decode(packed) for p, packed in zip(state.placements, cut, strict=True)]
+        at = state.first + whole
+        parts = [p.codec.decode(packed, at) for p, packed in zip(state.placements, cut, strict=True)]
         rest = merge_heads(parts, [p.heads for p in state.placements])[:, :, : keep - whole]
     sinks = state.sinks
     if remove > held:
@@ -167,6 +185,7 @@ def crop(state: SideState, remove: int) -> SideState:
         coded=coded,
         tail=rest.to(state.dense_dtype).clone(),
         skip=min(state.skip, keep),
+        freed=min(state.freed, seen),
     )
 
 
@@ -210,7 +229,7 @@ def segments(state: SideState, last: int | None = None) -> tuple[Segment, ...]:
 
 def _coded(state: SideState) -> tuple[Coded, ...]:
     pairs = zip(state.placements, state.coded, strict=True)
-    return tuple(p.codec.coded(p.heads, packed) for p, packed in pairs)
+    return tuple(p.codec.coded(p.heads, packed, state.first) for p, packed in pairs)
 
 
 def tensors(state: SideState) -> dict[str, Tensor]:
@@ -222,10 +241,11 @@ def tensors(state: SideState) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
-def restore(state: SideState, stored: Mapping[str, Tensor], skip: int) -> SideState:
-    """The state whose ``tensors`` were ``stored``; ``state`` is an empty one of the same plan."""
+def restore(state: SideState, stored: Mapping[str, Tensor], skip: int, seen: int) -> SideState:
+    """The state after ``seen`` tokens whose ``tensors`` were ``stored``; ``state`` is an empty one."""
     coded = tuple(
         Packed(packed.format, tuple(stored[f"{i}.{f.name}"] for f in packed.format.fields))
         for i, packed in enumerate(state.coded)
     )
-    return replace(state, sinks=stored["sinks"], coded=coded, tail=stored["tail"], skip=skip)
+    full = replace(state, sinks=stored["sinks"], coded=coded, tail=stored["tail"], skip=skip)
+    return replace(full, freed=seen - full.held)

@@ -383,8 +383,8 @@ def _restore(layer: PackedLayer, index: str, state: Any, tensors: dict[str, Tens
     }
     layer.lazy_initialization(stored["k"]["tail"], stored["v"]["tail"])
     assert layer.key_state is not None and layer.value_state is not None
-    layer.key_state = sides.restore(layer.key_state, stored["k"], state["skip"][0])
-    layer.value_state = sides.restore(layer.value_state, stored["v"], state["skip"][1])
+    layer.key_state = sides.restore(layer.key_state, stored["k"], state["skip"][0], state["length"])
+    layer.value_state = sides.restore(layer.value_state, stored["v"], state["skip"][1], state["length"])
     layer.cumulative_length = state["length"]
     layer.dtype = getattr(torch, state["dtype"])
 

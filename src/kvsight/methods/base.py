@@ -106,7 +106,7 @@ class Method:
 
     A method with ``rows`` takes any row size, so a fractional budget is spread over layers and heads;
     the others round down to their next configuration. ``allocate`` is how ``fit`` spends the budget
-    unless told otherwise.
+    unless told otherwise. One with ``fisher`` weighs by gradients, which ``fit`` then reads.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     rows: Rows | None = None
     allocate: str = "uniform"
+    fisher: bool = False
 
     def with_defaults(self, options: Mapping[str, object]) -> dict[str, Option]:
         """All options, given ones first; unknown names and misfitting values raise."""

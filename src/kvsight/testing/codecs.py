@@ -10,7 +10,18 @@ from torch import Tensor
 
 from kvsight.codec import Codec
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Sketch, concat, format_from_spec
+from kvsight.formats import (
+    Dense,
+    Format,
+    Grouped,
+    Joined,
+    Packed,
+    Row,
+    Scaled,
+    Sketch,
+    concat,
+    format_from_spec,
+)
 from kvsight.ops.attend.ref import Segment
 from kvsight.packing import pack_row, unpack_row
 from kvsight.testing.laws import LawBroken, generator, hold, refused
@@ -29,8 +40,8 @@ class _Case:
     x: Tensor
     packed: Packed
 
-    def encode(self, x: Tensor) -> Packed:
-        return self.codec.encode(x)
+    def encode(self, x: Tensor, first: int = 0) -> Packed:
+        return self.codec.encode(x, first)
 
 
 def check_codec(codec: Codec, *, tokens: int | None = None, seed: int = 0) -> None:
@@ -112,10 +123,10 @@ def _storable(case: _Case) -> None:
 def _blocks_are_local(case: _Case) -> None:
     block, tokens = case.codec.format.block, case.x.shape[-2]
     for step in (block, 3 * block):
-        parts = concat([case.encode(part) for part in case.x.split(step, dim=-2)])
+        parts = concat([case.encode(part, i * step) for i, part in enumerate(case.x.split(step, dim=-2))])
         hold("blocks are local", _same(parts, case.packed), f"steps of {step} tokens give other bytes")
     later = case.packed.narrow(tokens - block, tokens)
-    alone = case.encode(case.x[..., tokens - block :, :])
+    alone = case.encode(case.x[..., tokens - block :, :], tokens - block)
     hold("blocks are local", _same(later, alone), "the last block alone gives other bytes")
 
 
@@ -167,18 +178,19 @@ def _independent(case: _Case) -> None:
 def _nearest(case: _Case) -> None:
     """The code chosen is the best that the stored parameters allow."""
     codec, form = case.codec, case.codec.format
-    y = codec.transform.forward(case.x.double())[..., : form.stored]
+    y = codec.coordinates(case.x.double())[..., : form.stored]
     decoded = codec.quantizer.decode(case.packed).double()
     match form:
         case Dense():
-            plain = codec.transform.shift is None and codec.transform.matrix is None
-            wanted = codec.transform.forward(case.x if plain else case.x.double()).to(form.dtype).double()
+            wanted = codec.coordinates(case.x).to(form.dtype).double()
             hold("nearest", torch.equal(decoded, wanted), "numbers are not the rounded input")
             return
         case Grouped():
             best, step = _best_affine(form, case.packed, y)
         case Row():
             best, step = _best_level(form, codec.quantizer.tables, case.packed, y)
+        case Scaled():
+            best, step = _best_scaled(form, codec.quantizer.tables, case.packed, y)
         case _:
             return
     slack = 1e-4 * step + 1e-6 * y.abs()
@@ -211,6 +223,15 @@ def _best_level(form: Row, tables: tuple[Tensor, ...], packed: Packed, y: Tensor
             best[:, head, :, i] = scaled.gather(-1, at)[..., 0]
             step[:, head, :, i] = norm[:, head, :, 0] * book.diff().min()
     return best, step
+
+
+def _best_scaled(
+    form: Scaled, tables: tuple[Tensor, ...], packed: Packed, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    scale, zero = (tensor.double() for tensor in packed.tensors[1:])
+    every = tables[0].double() * scale.unsqueeze(-1) + zero.unsqueeze(-1)
+    at = (y.unsqueeze(-1) - every).abs().argmin(dim=-1, keepdim=True)
+    return every.expand(*y.shape, -1).gather(-1, at)[..., 0], scale
 
 
 def _attention_agrees(case: _Case) -> None:
@@ -261,6 +282,8 @@ def _widths(form: Format) -> tuple[int, ...]:
         case Row():
             return form.widths
         case Grouped():
+            return (form.bits,) * form.dim
+        case Scaled():
             return (form.bits,) * form.dim
         case Sketch():
             return (1,) * form.dim

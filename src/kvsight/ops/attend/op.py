@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Sketch
+from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Scaled, Sketch, Sparse
 from kvsight.ops.attend import dispatch
 from kvsight.ops.attend.ref import Coded, Folded, Segment
 from kvsight.packing import MAX_WIDTH
+from kvsight.rope import Rope
 
 _T = TypeVar("_T")
 _ALONG: tuple[Literal["channel", "token"], ...] = ("channel", "token")
@@ -82,6 +83,9 @@ def flatten(sides: Sequence[Sequence[Segment]]) -> tuple[list[Tensor], list[int]
                 layout += [int(tensor is not None) for tensor in optional]
                 tensors += [*coded.packed.tensors, *coded.tables]
                 tensors += [tensor for tensor in optional if tensor is not None]
+                layout += [int(coded.rope is not None), coded.first]
+                if coded.rope is not None:
+                    tensors += [coded.rope.frequencies, coded.rope.partners]
     return tensors, layout
 
 
@@ -101,7 +105,9 @@ def _coded(numbers: Iterator[int], tensors: Iterator[Tensor]) -> Coded:
     packed = Packed(form, tuple(_take(tensors, stored)))
     static = tuple(_take(tensors, tables))
     folded = Folded(next(tensors) if inverse else None, next(tensors) if shift else None)
-    return Coded(heads, packed, static, folded)
+    turns, first = _take(numbers, 2)
+    rope = Rope(next(tensors), next(tensors)) if turns else None
+    return Coded(heads, packed, static, folded, rope, first)
 
 
 def _take(items: Iterator[_T], count: int) -> list[_T]:
@@ -119,6 +125,10 @@ def _numbers(form: Format) -> list[int]:
             return [2, form.dim, _TYPES.index(form.dtype)]
         case Sketch():
             return [3, form.dim]
+        case Scaled():
+            return [5, form.dim, form.bits, form.trimmed]
+        case Sparse():
+            return [6, form.dim, form.count]
         case Joined():
             return [4, len(form.parts), *(number for part in form.parts for number in _numbers(part))]
     raise KVSightError(f"compiled graphs cannot hold {form.name}; do not compile this model.")
@@ -138,5 +148,11 @@ def _format(numbers: Iterator[int]) -> Format:
             return Dense(dim, _TYPES[dtype])
         case 3:
             return Sketch(next(numbers))
+        case 5:
+            dim, bits, trimmed = _take(numbers, 3)
+            return Scaled(dim, bits, trimmed)
+        case 6:
+            dim, count = _take(numbers, 2)
+            return Sparse(dim, count)
         case _:
             return Joined(tuple(_format(numbers) for _ in range(next(numbers))))

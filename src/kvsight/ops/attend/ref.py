@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Packed
+from kvsight.rope import Rope
 
 _CHUNK = 4096
 _SCORES = 1 << 24
@@ -47,12 +48,23 @@ class Folded:
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """Packed tokens of some KV heads, with all that is needed to read them."""
+    """Packed tokens of some KV heads, with all that is needed to read them.
+
+    With a ``rope`` decoded rows are turned by their index in the cache, from ``first`` on, so that nothing
+    of their transform folds into a query.
+    """
 
     heads: tuple[int, ...]
     packed: Packed
     tables: tuple[Tensor, ...]
     folded: Folded
+    rope: Rope | None = None
+    first: int = 0
+
+    def decode(self) -> Tensor:
+        """[B, h, n, d]."""
+        x = self.folded.decode(self.packed.read(self.tables))
+        return x if self.rope is None else self.rope.forth(x, self.first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +83,7 @@ class Segment:
         """[B, H, tokens, d] in ``dtype``."""
         if self.dense is not None:
             return self.dense.to(dtype)
-        parts = [c.folded.decode(c.packed.read(c.tables))[..., self.skip :, :] for c in self.coded]
+        parts = [c.decode()[..., self.skip :, :] for c in self.coded]
         return merge_heads(parts, [c.heads for c in self.coded]).to(dtype)
 
 
@@ -187,10 +199,11 @@ def _scores(q: Tensor, keys: Sequence[Segment]) -> Tensor:
 
 def _coded_scores(q: Tensor, coded: Coded, skip: int) -> Tensor:
     q = _take_heads(q, coded.heads)
-    folded = coded.folded.query(q)
+    turning = coded.rope is not None
+    folded = q if turning else coded.folded.query(q)
     chunks = [folded @ y.to(folded).mT for _, _, y in _chunks(coded, skip)]
     scores = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
-    offset = coded.folded.offset(q)
+    offset = None if turning else coded.folded.offset(q)
     return scores if offset is None else scores.add_(offset)
 
 
@@ -220,18 +233,26 @@ def _coded_mix(share: Tensor, coded: Coded, skip: int) -> Tensor:
         part = share[..., start:stop] @ y.to(share)
         total = part if total is None else total + part
     assert total is not None
+    if coded.rope is not None:
+        return total
     return coded.folded.output(total, share.sum(dim=-1, keepdim=True))
 
 
 def _chunks(coded: Coded, skip: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, coordinates) of visible tokens, ``_CHUNK`` at a time, whole blocks each."""
+    """(start, stop, coordinates) of visible tokens, ``_CHUNK`` at a time, whole blocks each.
+
+    Coordinates of turning keys are those of the head: decoded and turned.
+    """
     packed = coded.packed
     step = max(1, _CHUNK // packed.format.block) * packed.format.block
     for start in range(0, packed.tokens, step):
         stop = min(start + step, packed.tokens)
         if stop <= skip:
             continue
-        y = packed.narrow(start, stop).read(coded.tables)
+        piece = packed.narrow(start, stop)
+        y = piece.read(coded.tables)
+        if coded.rope is not None:
+            y = coded.rope.forth(coded.folded.decode(y), coded.first + start)
         hidden = max(0, skip - start)
         yield start + hidden - skip, stop - skip, y[..., hidden:, :]
 

@@ -43,7 +43,9 @@ class FoldedTiles:
 def tileable(coded: Coded) -> bool:
     """Whether these heads can be held in tiles: chunks of one width, even levels, no norms."""
     form, inverse = coded.packed.format, coded.folded.inverse
-    if not isinstance(form, Row) or (inverse is not None and inverse.shape[-1] != form.dim):
+    if coded.rope is not None or not isinstance(form, Row):
+        return False
+    if inverse is not None and inverse.shape[-1] != form.dim:
         return False
     return tiled_widths(form) is not None and steps(coded) is not None
 

@@ -58,6 +58,8 @@ def _readable(segment: Segment, device: torch.device) -> bool:
 
 
 def _known(coded: Coded) -> bool:
+    if coded.rope is not None:
+        return False
     match coded.packed.format:
         case Dense(dtype=dtype):
             return dtype in _TYPES
