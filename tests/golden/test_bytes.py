@@ -9,9 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvsight.formats import Dense, Format, Grouped, Packed, Row
+from kvsight.formats import (
+    Dense,
+    Format,
+    Grouped,
+    Packed,
+    Patched,
+    Row,
+    Symmetric,
+    Ternary,
+    Tiered,
+)
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.patched import PatchedQuantizer
+from kvsight.quantizers.tiered import TieredQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -21,7 +33,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 class Golden:
     """``block`` [tokens, dim] is stored as ``stored`` (hex per field) and reads back as ``read``."""
 
-    quantizer: RowQuantizer | GroupedQuantizer | DenseQuantizer
+    quantizer: RowQuantizer | GroupedQuantizer | TieredQuantizer | PatchedQuantizer | DenseQuantizer
     block: list[list[float]]
     stored: dict[str, str]
     read: list[list[float]] | None = None
@@ -33,6 +45,11 @@ class Golden:
 
 def rows(widths, levels, starts, norm=False):
     return RowQuantizer(Row(widths, norm), torch.tensor(levels), torch.tensor([starts], dtype=torch.int32))
+
+
+def tiered(form, linear):
+    """Tiers by a dot product."""
+    return TieredQuantizer(form, torch.tensor([linear]), torch.zeros(1, 0, form.dim), torch.zeros(1))
 
 
 CODES_AS_LEVELS = [float(i) for i in range(256)]
@@ -64,6 +81,63 @@ GOLDEN = {
         GroupedQuantizer(Grouped(2, 2, 4, "token")),
         [[0, 2], [1, 1], [2, 0], [3, -1]],
         {"codes": "0c 09 06 03", "scale": "00 3c 00 3c", "zero": "00 00 00 bc"},
+    ),
+    "symmetric": Golden(
+        GroupedQuantizer(Symmetric(4, 3, 4, "channel")),
+        [[-3, 1, 2, 0]],
+        {"codes": "b8 03", "scale": "00 3c"},
+    ),
+    "ternary": Golden(
+        GroupedQuantizer(Ternary(7, 7, "channel")),
+        [[0, 1, 2, 2, 1, 0, 2]],
+        {"codes": "9c 06", "scale": "00 3c", "zero": "00 00"},
+    ),
+    "tiered along tokens": Golden(
+        tiered(Tiered(2, 4, (2, 1), 6, "token"), [0.0, 1.0]),
+        [[0, 0], [0, 3], [1, 2], [3, 6]],
+        {
+            "codes": "00 00 00 03 0f 00",
+            "tags": "05",
+            "scale": "00 3c 00 3c 00 3c 00 40",
+            "zero": "00 00 00 42 00 00 00 00",
+        },
+    ),
+    "tiered along channels": Golden(
+        tiered(Tiered(2, 2, (2, 1), 3, "channel", scaled=True), [1.0, 0.0]),
+        [[4, -3], [2, 9]],
+        {
+            "codes": "03 00 02",
+            "tags": "02",
+            "scale": "00 3c 00 40",
+            "zero": "00 bc 00 3c",
+            "channel": "00 40 00 42",
+        },
+    ),
+    "patched along channels": Golden(
+        PatchedQuantizer(Patched(Grouped(4, 1, 4, "channel"), 2, 1, 1)),
+        [[0, 4, 1, 9], [0, 4, 0, 8]],
+        {
+            "codes": "0a 0a",
+            "scale": "00 44 00 44",
+            "zero": "00 00 00 00",
+            "index": "03 03",
+            "outlier": "80 48 00 48",
+            "left": "00 3c 00 00",
+            "right": "00 00 00 00 00 3c 00 00",
+        },
+    ),
+    "patched along tokens": Golden(
+        PatchedQuantizer(Patched(Grouped(2, 1, 4, "token"), 4, 1, 1)),
+        [[0, 0], [4, 0], [1, 4], [9, 8]],
+        {
+            "codes": "00 01 02 03",
+            "scale": "00 44 00 44",
+            "zero": "00 00 00 00",
+            "index": "0f",
+            "outlier": "80 48 00 48",
+            "left": "00 00 00 00 00 3c 00 00",
+            "right": "00 3c 00 00",
+        },
     ),
     "dense bfloat16": Golden(
         DenseQuantizer(Dense(2, torch.bfloat16)), [[1, -2]], {"values": "80 3f 00 c0"}

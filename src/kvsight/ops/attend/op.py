@@ -3,13 +3,14 @@
 A graph cannot hold our classes. Eager calls skip it, and with it the dispatcher's cost.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from kvsight.formats import Dense, Format, Grouped, Packed, Row
+from kvsight.formats import Dense, Format, Grouped, Packed, Row, format_from_spec
 from kvsight.ops.attend import dispatch
 from kvsight.ops.attend.ref import Coded, Folded, Segment
 from kvsight.packing import MAX_WIDTH
@@ -108,13 +109,15 @@ def _take(items: Iterator[_T], count: int) -> list[_T]:
 
 
 def _numbers(form: Format) -> list[int]:
-    """A format as a few numbers; widths fall, so that their counts say all."""
+    """A format as a few numbers; widths fall, so that their counts say all. Rare ones spell themselves."""
     if isinstance(form, Row):
         return [0, int(form.norm), *(form.widths.count(width) for width in range(MAX_WIDTH, -1, -1))]
     if isinstance(form, Grouped):
         return [1, form.dim, form.bits, form.group, _ALONG.index(form.along)]
-    assert isinstance(form, Dense)
-    return [2, form.dim, _TYPES.index(form.dtype)]
+    if isinstance(form, Dense):
+        return [2, form.dim, _TYPES.index(form.dtype)]
+    text = json.dumps(form.spec()).encode()
+    return [3, len(text), *text]
 
 
 def _format(numbers: Iterator[int]) -> Format:
@@ -126,6 +129,8 @@ def _format(numbers: Iterator[int]) -> Format:
         case 1:
             dim, bits, group, along = _take(numbers, 4)
             return Grouped(dim, bits, group, _ALONG[along])
-        case _:
+        case 2:
             dim, dtype = _take(numbers, 2)
             return Dense(dim, _TYPES[dtype])
+        case _:
+            return format_from_spec(json.loads(bytes(_take(numbers, next(numbers)))))

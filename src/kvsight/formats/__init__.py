@@ -1,82 +1,45 @@
-"""What the stored bytes mean: row, grouped affine, dense. Kernels and caches dispatch on nothing else.
+"""What the stored bytes mean. Kernels and caches dispatch on nothing else.
 
 A format lists its *fields*. A field is a tensor ``[..., rows, width]`` that holds one row for every
 ``every`` tokens, so slicing, joining, saving and counting bytes are the same code for all formats.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.packing import MAX_WIDTH, packed_width, unpack_columns, unpack_row
+from kvsight.formats.affine import Affine, Grouped, Symmetric, Ternary
+from kvsight.formats.base import Field, Format
+from kvsight.formats.patched import Patched
+from kvsight.formats.tiered import Tiered
+from kvsight.packing import MAX_WIDTH, packed_width, unpack_columns
 
+__all__ = [
+    "Affine",
+    "Dense",
+    "Field",
+    "Format",
+    "Grouped",
+    "Packed",
+    "Patched",
+    "Row",
+    "Symmetric",
+    "Ternary",
+    "Tiered",
+    "concat",
+    "dtype_from_name",
+    "dtype_name",
+    "empty",
+    "format_from_spec",
+    "room",
+]
 
-@dataclass(frozen=True)
-class Field:
-    """One stored tensor: ``width`` items of ``dtype`` for every ``every`` tokens of one head."""
-
-    name: str
-    dtype: torch.dtype
-    width: int
-    every: int = 1
-    meta: bool = False
-
-
-class Format(ABC):
-    """Byte layout of one head's keys or values. ``block`` tokens are committed together."""
-
-    dim: int
-
-    @property
-    @abstractmethod
-    def fields(self) -> tuple[Field, ...]: ...
-
-    @property
-    @abstractmethod
-    def name(self) -> str: ...
-
-    @abstractmethod
-    def spec(self) -> dict[str, object]:
-        """JSON-ready description; ``format_from_spec`` is its inverse."""
-
-    @abstractmethod
-    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
-        """The numbers that the bytes mean: [..., H, n, stored], fp32 unless dense.
-
-        ``tables`` are the static tensors that the format needs (levels and starts for rows).
-        """
-
-    @property
-    def stored(self) -> int:
-        """Coordinates per token that have any bits."""
-        return self.dim
-
-    @cached_property
-    def block(self) -> int:
-        return max(field.every for field in self.fields)
-
-    def nbytes(self, tokens: int) -> int:
-        """Stored bytes of one head for ``tokens`` tokens, metadata and padding included."""
-        if tokens % self.block:
-            raise KVSightError(
-                f"{self.name} stores whole blocks of {self.block} tokens; got {tokens}. "
-                "Keep the remainder in the dense tail."
-            )
-        return sum(_field_bytes(field, tokens) for field in self.fields)
-
-    def meta_nbytes(self, tokens: int) -> int:
-        """The part of ``nbytes`` that is scales, zero points and norms rather than codes."""
-        return sum(_field_bytes(field, tokens) for field in self.fields if field.meta)
-
-
-def _field_bytes(field: Field, tokens: int) -> int:
-    return tokens // field.every * field.width * field.dtype.itemsize
+KINDS = ("row", "grouped", "symmetric", "ternary", "tiered", "patched", "dense")
 
 
 @dataclass(frozen=True)
@@ -153,66 +116,6 @@ class Row(Format):
         return {"kind": "row", "widths": list(self.widths), "norm": self.norm}
 
 
-@dataclass(frozen=True)
-class Grouped(Format):
-    """Asymmetric integers with an fp16 scale and zero point for each group.
-
-    ``along="channel"``: a group is ``group`` neighbouring channels of one token.
-    ``along="token"``: a group is one channel over a block of ``group`` tokens.
-    """
-
-    dim: int
-    bits: int
-    group: int
-    along: Literal["channel", "token"]
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.bits <= MAX_WIDTH:
-            raise KVSightError(f"grouped codes have 1 to {MAX_WIDTH} bits; got {self.bits}.")
-        if self.group < 1 or (self.along == "channel" and self.group > self.dim):
-            raise KVSightError(f"group {self.group} does not fit {self.dim} channels.")
-
-    @property
-    def name(self) -> str:
-        return f"grouped-{self.bits}b-{self.along}{self.group}"
-
-    @property
-    def groups(self) -> int:
-        """Scale and zero-point pairs per stored parameter row."""
-        return -(-self.dim // self.group) if self.along == "channel" else self.dim
-
-    @cached_property
-    def fields(self) -> tuple[Field, ...]:
-        every = 1 if self.along == "channel" else self.group
-        return (
-            Field("codes", torch.uint8, packed_width((self.bits,) * self.dim)),
-            Field("scale", torch.float16, self.groups, every, meta=True),
-            Field("zero", torch.float16, self.groups, every, meta=True),
-        )
-
-    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
-        """code · scale + zero."""
-        rows, scale, zero = tensors
-        codes = unpack_row(rows, (self.bits,) * self.dim).float()
-        if self.along == "token":
-            blocks: Tensor = codes.unflatten(-2, (-1, self.group))
-            return (blocks * scale.float().unsqueeze(-2) + zero.float().unsqueeze(-2)).flatten(-3, -2)
-        if self.dim % self.group == 0:
-            cells: Tensor = codes.unflatten(-1, (-1, self.group))
-            return (cells * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).flatten(-2)
-        per_channel = torch.arange(self.dim, device=rows.device) // self.group
-        return codes * scale.float()[..., per_channel] + zero.float()[..., per_channel]
-
-    def spec(self) -> dict[str, object]:
-        return {
-            "kind": "grouped",
-            "dim": self.dim,
-            "bits": self.bits,
-            "group": self.group,
-            "along": self.along,
-        }
-
-
 def format_from_spec(spec: Mapping[str, object]) -> Format:
     """Rebuild a format from ``Format.spec()``; an unknown kind raises ``KVSightError``."""
     match spec:
@@ -221,14 +124,41 @@ def format_from_spec(spec: Mapping[str, object]) -> Format:
         case {"kind": "row", "widths": list(widths), "norm": bool(norm)}:
             return Row(tuple(int(w) for w in widths), norm)
         case {
-            "kind": "grouped",
+            "kind": "grouped" | "symmetric" as kind,
             "dim": int(dim),
             "bits": int(bits),
             "group": int(group),
             "along": "channel" | "token" as along,
         }:
-            return Grouped(dim, bits, group, along)
-    raise KVSightError(f"unknown format {dict(spec)!r}; this kvsight knows row, grouped and dense.")
+            return (Grouped if kind == "grouped" else Symmetric)(dim, bits, group, along)
+        case {
+            "kind": "ternary",
+            "dim": int(dim),
+            "group": int(group),
+            "along": "channel" | "token" as along,
+        }:
+            return Ternary(dim, group, along)
+        case {
+            "kind": "tiered",
+            "dim": int(dim),
+            "span": int(span),
+            "widths": list(widths),
+            "total": int(total),
+            "along": "channel" | "token" as along,
+            "scaled": bool(scaled),
+        }:
+            return Tiered(dim, span, tuple(int(w) for w in widths), total, along, scaled)
+        case {
+            "kind": "patched",
+            "base": dict(inner),
+            "span": int(span),
+            "outliers": int(outliers),
+            "rank": int(rank),
+        }:
+            base = format_from_spec(inner)
+            if isinstance(base, Grouped):
+                return Patched(base, span, outliers, rank)
+    raise KVSightError(f"unknown format {dict(spec)!r}; this kvsight knows {', '.join(KINDS)}.")
 
 
 @dataclass(frozen=True)
