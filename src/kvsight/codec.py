@@ -13,6 +13,7 @@ from kvsight.errors import KVSightError
 from kvsight.formats import Format, Packed
 from kvsight.ops.attend.ref import Coded, Folded
 from kvsight.ops.encode import Rounding, encode
+from kvsight.retention import NOTHING, Hold
 from kvsight.transforms import Transform
 
 
@@ -146,16 +147,23 @@ class Codec:
 class Placement:
     """A codec for these KV heads of one side of one layer; its tensors lead with ``len(heads)`` or 1.
 
-    ``assumed`` is what calibration saw in the codec's coordinates, for telling drift.
+    ``assumed`` is what calibration saw in the codec's coordinates, for telling drift. ``hold`` is what the
+    method keeps exact.
     """
 
     heads: tuple[int, ...]
     codec: Codec
     assumed: Assumed | None = None
+    hold: Hold = NOTHING
+
+    @property
+    def block(self) -> int:
+        """Tokens committed together."""
+        return max(self.codec.format.block, self.hold.commit)
 
     def to(self, device: torch.device | str) -> "Placement":
         assumed = None if self.assumed is None else self.assumed.to(device)
-        return Placement(self.heads, self.codec.to(device), assumed)
+        return replace(self, codec=self.codec.to(device), assumed=assumed)
 
     @property
     def static_nbytes(self) -> int:

@@ -12,6 +12,7 @@ from kvsight.codec import Placement
 from kvsight.errors import KVSightError
 from kvsight.formats import Format, Row
 from kvsight.methods.base import Budget, Method, Option, Rows, Side
+from kvsight.plan import side_block, side_retention
 from kvsight.retention import Retention
 from kvsight.stats import LayerStats, SideStats, shrunk
 
@@ -136,7 +137,9 @@ def _of_ladder(
 
     def nbytes(budget: Budget) -> NDArray[np.int64]:
         # all heads commit the same tokens, so the largest block decides how many stay exact
-        kept = budget.retention.stored(budget.seen, max(form.block for form in forms))
+        every = tuple(p for placements in ladder for p in placements)
+        retention = side_retention(budget.retention, every)
+        kept = retention.stored(budget.seen, side_block(every))
         exact = kept.dense * stats.dim * budget.dense_dtype.itemsize
         return np.array([form.nbytes(kept.coded) + exact for form in forms])
 
@@ -165,7 +168,7 @@ def _ladder(
                 raise
             return ladder[::-1]
         ladder.append(placements)
-        cost = max(plain.cost(p.codec.format) for p in placements)
+        cost = max(plain.cost(p.codec.format, p.hold) for p in placements)
         plain = replace(plain, bits=cost - 1e-6)
 
 
@@ -211,5 +214,5 @@ def _of_heads(placements: tuple[Placement, ...], heads: list[int]) -> list[Place
         mine = [i for i, head in enumerate(placement.heads) if head in heads]
         if mine:
             chosen = tuple(placement.heads[i] for i in mine)
-            out.append(Placement(chosen, placement.codec.of_heads(mine)))
+            out.append(replace(placement, heads=chosen, codec=placement.codec.of_heads(mine)))
     return out

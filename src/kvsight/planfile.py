@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from kvsight.codec import Codec, Placement, Quantizer
 from kvsight.drift import Assumed
 from kvsight.errors import KVSightError
 from kvsight.formats import (
+    Affine,
     Dense,
     Format,
-    Grouped,
+    Patched,
     Row,
+    Tiered,
     dtype_from_name,
     dtype_name,
     format_from_spec,
@@ -29,7 +32,10 @@ from kvsight.formats import (
 from kvsight.plan import SIDES, LayerPlan, Plan, digest
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.patched import PatchedQuantizer
+from kvsight.quantizers.tiered import TieredQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.retention import Hold
 from kvsight.transforms import Transform, linear
 
 VERSION = 1
@@ -140,12 +146,22 @@ def _body(plan: Plan) -> dict[str, Any]:
 def _layer_body(layer: LayerPlan) -> dict[str, Any]:
     sides: dict[str, Any] = {
         side: [
-            {"heads": list(p.heads), "codec": p.codec.name, "format": p.codec.format.spec()}
+            {
+                "heads": list(p.heads),
+                "codec": p.codec.name,
+                "format": p.codec.format.spec(),
+                **_held(p.hold),
+            }
             for p in layer.side(side)
         ]
         for side in SIDES
     }
     return {"index": layer.index, "window": layer.window, "heads": layer.heads, **sides}
+
+
+def _held(hold: Hold) -> dict[str, Any]:
+    """Only what is held: other plans are as they were."""
+    return {} if hold == Hold() else {"hold": asdict(hold)}
 
 
 def _tensors(plan: Plan) -> dict[str, Tensor]:
@@ -156,7 +172,7 @@ def _tensors(plan: Plan) -> dict[str, Tensor]:
                 transform = placement.codec.transform
                 tables = placement.codec.quantizer.tables
                 named = {"shift": transform.shift, "matrix": transform.matrix}
-                named |= dict(zip(("levels", "starts"), tables, strict=False))
+                named |= dict(zip(_table_names(placement.codec.format), tables, strict=False))
                 if placement.assumed is not None:
                     named |= {"mean": placement.assumed.mean, "variance": placement.assumed.variance}
                 prefix = f"{layer.index}.{side}.{i}"
@@ -198,7 +214,7 @@ def _placement(entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tens
     # plans of 0.1 did not say what they assumed
     mean, variance = tensors.get(f"{prefix}.mean"), tensors.get(f"{prefix}.variance")
     assumed = None if mean is None or variance is None else Assumed(mean, variance)
-    return Placement(tuple(entry["heads"]), codec, assumed)
+    return Placement(tuple(entry["heads"]), codec, assumed, Hold(**entry.get("hold", {})))
 
 
 def _transform(dim: int, shift: Tensor | None, matrix: Tensor | None) -> Transform:
@@ -211,11 +227,28 @@ def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor]) -> Quan
     match form:
         case Row():
             return RowQuantizer(form, tensors[f"{prefix}.levels"], tensors[f"{prefix}.starts"])
-        case Grouped():
-            return GroupedQuantizer(form)
+        case Affine():
+            return GroupedQuantizer(form, tensors.get(f"{prefix}.clip"))
+        case Tiered():
+            linear, factor, power = (tensors[f"{prefix}.{name}"] for name in _table_names(form))
+            return TieredQuantizer(form, linear, factor, power)
+        case Patched():
+            return PatchedQuantizer(form)
         case Dense():
             return DenseQuantizer(form)
     raise KVSightError(f"no quantizer reads {form.name}; upgrade kvsight.")
+
+
+def _table_names(form: Format) -> tuple[str, ...]:
+    """What a quantizer's static tensors are called."""
+    match form:
+        case Row():
+            return "levels", "starts"
+        case Affine():
+            return ("clip",)
+        case Tiered():
+            return "linear", "factor", "power"
+    return ()
 
 
 def plan_hash(plan: Plan) -> str:

@@ -58,8 +58,16 @@ class Request:
     @property
     def joint(self) -> bool:
         """Whether keys and values draw on one budget."""
-        one = self.total_bits is not None or self.bytes_per_token is not None
-        return one and self.rule("k") == self.rule("v") != "uniform"
+        return self._one_budget and self.rule("k") == self.rule("v") != "uniform"
+
+    @property
+    def shared(self) -> bool:
+        """Whether one method got one budget for keys and values."""
+        return self._one_budget and self.methods["k"] == self.methods["v"]
+
+    @property
+    def _one_budget(self) -> bool:
+        return self.total_bits is not None or self.bytes_per_token is not None
 
 
 def make_request(
@@ -89,7 +97,7 @@ def check(request: Request) -> None:
     for side, name in request.methods.items():
         get(name)
         limit = request.bits[side]
-        if limit is None and name != "identity" and request.bytes_per_token is None:
+        if limit is None and not get(name).fixed and request.bytes_per_token is None:
             raise KVSightError(
                 "no budget: give bits= (--bits), or key_bits= and value_bits= (--key-bits, --value-bits), "
                 "or bytes= per token (--bytes), or max_kl= (--max-kl)."

@@ -1,7 +1,8 @@
 """What a method is: a recipe from statistics and a budget to codecs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from kvsight.codec import Codec, Placement, Quantizer
 from kvsight.errors import KVSightError
 from kvsight.formats import Format
-from kvsight.retention import Retention
+from kvsight.retention import NOTHING, Hold, Retention
 from kvsight.stats import SideStats
 from kvsight.transforms import Transform
 
@@ -23,7 +24,8 @@ F = TypeVar("F", bound=Format)
 class Budget:
     """At most ``bits`` stored bits per visible element after ``seen`` tokens, exact tokens included.
 
-    ``asked`` is the user's own number, for messages: a layer's share may differ by a byte.
+    ``asked`` is the user's own number, for messages: a layer's share may differ by a byte. ``total`` is
+    what keys and values may store on average, where one method got one budget for both.
     """
 
     bits: float
@@ -31,15 +33,16 @@ class Budget:
     retention: Retention
     dense_dtype: torch.dtype
     asked: float | None = None
+    total: float | None = None
 
     @property
     def named(self) -> str:
         """The budget as its user knows it."""
         return f"{self.bits if self.asked is None else self.asked:.4g} bits"
 
-    def cost(self, form: Format) -> float:
-        """Stored bits per element of one head in this format."""
-        kept = self.retention.stored(self.seen, form.block)
+    def cost(self, form: Format, hold: Hold = NOTHING) -> float:
+        """Stored bits per element of one head in this format, with what its method keeps exact."""
+        kept = self.retention.holding(hold).stored(self.seen, max(form.block, hold.commit))
         dense = kept.dense * form.dim * self.dense_dtype.itemsize
         return 8 * (form.nbytes(kept.coded) + dense) / (kept.visible * form.dim)
 
@@ -51,12 +54,13 @@ class Budget:
         dense = kept.dense * 8 * self.dense_dtype.itemsize
         return (self.bits * kept.visible - dense) / kept.coded
 
-    def best(self, candidates: Sequence[F], method: str) -> F:
+    def best(self, candidates: Sequence[F], method: str, hold: Hold = NOTHING) -> F:
         """The dearest affordable candidate (the first of equals); raises when none is."""
-        affordable = [form for form in candidates if self.cost(form) <= self.bits + 1e-9]
+        cost = partial(self.cost, hold=hold)
+        affordable = [form for form in candidates if cost(form) <= self.bits + 1e-9]
         if affordable:
-            return max(affordable, key=self.cost)
-        cheapest = min(self.cost(form) for form in candidates)
+            return max(affordable, key=cost)
+        cheapest = min(map(cost, candidates))
         raise KVSightError(
             f"{method} cannot meet {self.named}; its cheapest configuration here stores "
             f"{cheapest:.4g}. Raise the budget or choose another method."
@@ -103,7 +107,9 @@ class Method:
 
     A method with ``rows`` takes any row size, so a fractional budget is spread over layers and heads;
     the others round down to their next configuration. ``allocate`` is how ``fit`` spends the budget
-    unless told otherwise.
+    unless told otherwise. A ``fixed`` one says its bits itself and needs no budget.
+    ``gradients`` are read in calibration for those that use them in any case. ``page`` is its page in
+    docs/methods where that has another name.
     """
 
     name: str
@@ -113,6 +119,9 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     rows: Rows | None = None
     allocate: str = "uniform"
+    fixed: bool = False
+    gradients: bool = False
+    page: str = ""
 
     def with_defaults(self, options: Mapping[str, object]) -> dict[str, Option]:
         """All options, given ones first; unknown names and misfitting values raise."""
@@ -123,6 +132,14 @@ class Method:
                 raise KVSightError(f"{self.name} has no option {name!r}; its options: {known}.")
             merged[name] = _like(self.name, name, self.options[name], value)
         return merged
+
+
+@dataclass(frozen=True)
+class Family:
+    """Methods whose names spell their settings: ``named`` makes one of any such name, or None."""
+
+    usual: tuple[Method, ...]
+    named: Callable[[str], Method | None]
 
 
 def _like(method: str, name: str, default: Option, value: object) -> Option:
@@ -141,7 +158,7 @@ def _like(method: str, name: str, default: Option, value: object) -> Option:
 
 
 def all_heads(
-    name: str, stats: SideStats, transform: Transform, quantizer: Quantizer
+    name: str, stats: SideStats, transform: Transform, quantizer: Quantizer, hold: Hold = NOTHING
 ) -> tuple[Placement, ...]:
     """One placement for every head of the layer."""
-    return (Placement(tuple(range(stats.heads)), Codec(name, transform, quantizer)),)
+    return (Placement(tuple(range(stats.heads)), Codec(name, transform, quantizer), hold=hold),)
