@@ -55,7 +55,7 @@ def fit_command(
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="measured, uniform, weight-norm, weight-norm-spectral, ratequant or rdkv.",
+            help="measured, uniform, ratequant, rdkv, weight-norm, weight-norm-spectral or -group.",
             show_default="measured for sight, else uniform",
         ),
     ] = None,
