@@ -88,6 +88,8 @@ class SideStats:
     ``damage`` [H, d, d] says the same in nats of final KL per token (``damage_metric``); ``salience``
     [H, n] is how strongly the output depends on each sampled vector. None where gradients were not read.
     ``passages`` [H, m, d] are runs of neighbouring tokens, for codecs of token blocks.
+    ``query`` are the moments of the queries that share the KV head, for keys. ``mass`` [H, n] is the
+    ``expected_mass`` of each sampled token, for values. None where queries were not seen.
     """
 
     moments: Moments
@@ -96,6 +98,8 @@ class SideStats:
     damage: Tensor | None = None
     salience: Tensor | None = None
     passages: Tensor | None = None
+    query: Moments | None = None
+    mass: Tensor | None = None
 
     @property
     def cost(self) -> Tensor | None:
@@ -161,6 +165,18 @@ def damage_metric(gradient: Moments, side: SideStats) -> Tensor:
     level = (fisher * covariance).sum((-1, -2)) / (prior * covariance).sum((-1, -2)).clamp_min(tiny)
     weight = _PRIOR_TOKENS / (_PRIOR_TOKENS + gradient.count)
     return (1 - weight) * fisher + weight * level.clamp_min(0)[:, None, None] * prior
+
+
+def expected_mass(keys: Tensor, query: Moments) -> Tensor:
+    """log E exp(q·k / √d) over Gaussian queries of these moments: keys [H, n, d] to [H, n], in nats.
+
+    μᵀk/√d + ½ kᵀ Cov(q) k / d: the attention that a key draws, before softmax divides by that of others.
+    """
+    k = keys.double()
+    dim = k.shape[-1]
+    spread = ((k @ query.covariance) * k).sum(-1) / (2 * dim)
+    mass: Tensor = (k @ query.mean.unsqueeze(-1)).squeeze(-1) / dim**0.5 + spread
+    return mass
 
 
 def shrunk(metric: Tensor | None, side: SideStats, strength: float) -> Tensor:

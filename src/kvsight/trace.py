@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvsight.errors import KVSightError
 from kvsight.integrations.attention import attention_override, implementations, original
 from kvsight.projections import Norms, projection_norms
-from kvsight.stats import LayerStats, Moments, SideStats, Stats, damage_metric
+from kvsight.stats import LayerStats, Moments, SideStats, Stats, damage_metric, expected_mass
 
 Progress = Callable[[str, int, int], None]
 CacheSink = Callable[[int, Tensor, Tensor], None]
@@ -482,6 +482,10 @@ def summarise(trace: Trace) -> Stats:
         query_metric = None if seen.query is None else seen.query.second
         key = SideStats(seen.key, query_metric, seen.key_sample, passages=seen.key_passages)
         value = SideStats(seen.value, seen.output_metric, seen.value_sample, passages=seen.value_passages)
+        if seen.query is not None:
+            # both samples are of the same tokens
+            mass = expected_mass(seen.key_sample, seen.query)
+            key, value = replace(key, query=seen.query), replace(value, mass=mass)
         if seen.key_gradient is not None and seen.value_gradient is not None:
             damage = damage_metric(seen.key_gradient, key)
             key = replace(key, damage=damage, salience=seen.key_salience)

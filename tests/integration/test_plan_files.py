@@ -1,5 +1,6 @@
 """A plan on disk is the plan; a damaged one is one clear line. The ledger is the bytes."""
 
+import itertools
 import json
 import os
 
@@ -15,7 +16,9 @@ from kvsight.plan import SIDES, digest
 from kvsight.planfile import plan_hash
 
 METHODS = ["identity", "int", "kivi", "sight", "turboquant"]
-BITS = {"identity": None, "kivi": 6.0}
+# others differ in their format only: one model is enough
+OTHERS = ["a2", "gear", "k2v4", "k4v2", "k8v4", "quarot", "qwc", "zipcache"]
+BITS = {"identity": None, "kivi": 6.0, "gear": 8.0, "k8v4": 9.0}
 
 
 def fitted(plan, name, method, **settings):
@@ -23,7 +26,7 @@ def fitted(plan, name, method, **settings):
 
 
 def test_every_method_is_tested():
-    assert list(kvsight.methods()) == METHODS
+    assert list(kvsight.methods()) == sorted(METHODS + OTHERS)
 
 
 def codes(plan):
@@ -38,8 +41,10 @@ def codes(plan):
                 yield placement.heads, form, packed.tensors, placement.codec.decode(packed)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek-v3", "qwen3-next", "gemma4"])
-@pytest.mark.parametrize("method", METHODS)
+EVERYWHERE = [(m, n) for m in METHODS for n in ("llama", "gemma3", "deepseek-v3", "qwen3-next", "gemma4")]
+
+
+@pytest.mark.parametrize(("method", "name"), EVERYWHERE + [(method, "llama") for method in OTHERS])
 def test_a_plan_comes_back_as_it_was(name, method, plan, tmp_path):
     if method == "kivi" and KINDS[name].sliding:
         pytest.skip("blocks of 32 tokens cost more than 16 bits in a window of 8")
@@ -68,7 +73,7 @@ def test_a_plan_comes_back_as_it_was(name, method, plan, tmp_path):
 
 
 def test_different_plans_have_different_hashes(plan):
-    plans = [fitted(plan, "llama", method) for method in METHODS]
+    plans = [fitted(plan, "llama", method) for method in METHODS + OTHERS]
     plans += [plan("llama", "sight", bits=4.5), plan("llama", "sight", bits=8.0, sinks=1)]
     plans += [
         plan("llama", "sight", bits=5.0, options=(("shrink", 0.5),)),
@@ -282,8 +287,9 @@ def test_a_plan_holds_tensors_of_its_own(plan, tmp_path):
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("method", "name"), [*itertools.product(METHODS, KINDS), *((method, "llama") for method in OTHERS)]
+)
 def test_the_ledger_adds_up(name, method, plan):
     if method == "kivi" and KINDS[name].sliding:
         pytest.skip("blocks of 32 tokens cost more than 16 bits in a window of 8")
@@ -313,13 +319,28 @@ def test_the_ledger_adds_up(name, method, plan):
         assert made.true_bits <= BITS.get(method, 5.0) + 1e-9
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_holds_comes_back(plan, tmp_path):
+    made = plan("llama", "kivi", bits=6.0, options=(("residual", 32),))
+    made.save(tmp_path / "plan")
+    back = kvsight.Plan.load(tmp_path / "plan")
+    assert plan_hash(back) == plan_hash(made) != plan_hash(plan("llama", "kivi", bits=6.0))
+    assert [back.nbytes(n) for n in (31, 33, 100)] == [made.nbytes(n) for n in (31, 33, 100)]
+    (layer,) = {(made.stored(layer, "k", 100), made.stored(layer, "v", 100)) for layer in back.layers}
+    assert [(kept.coded, kept.tail) for kept in layer] == [(96, 4), (68, 32)]
+    # 32 exact values of 1,024 are paid for
+    assert {row.window_bits for row in back.ledger()} == {0.0, 0.5}
+    assert made.true_bits <= 6.0
+
+
+@pytest.mark.parametrize("method", METHODS + OTHERS)
 def test_static_bytes_are_those_of_the_file(method, plan, tmp_path):
     made = fitted(plan, "llama", method)
     made.save(tmp_path / "plan")
     tensors = load_file(tmp_path / "plan" / "tensors.safetensors")
     assert made.ledger().static_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
-    assert (made.ledger().static_bytes > 0) == (method in ("sight", "turboquant"))
+    assert (made.ledger().static_bytes > 0) == (
+        method in ("a2", "quarot", "sight", "turboquant", "zipcache")
+    )
 
 
 def test_exact_tokens_are_paid_from_the_budget(plan):
