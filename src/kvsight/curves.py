@@ -33,7 +33,7 @@ class Curve:
         code_bits: the part that is codes, [n].
         damage: predicted final KL in nats per token, [n].
         error: squared error per element over the variance per element, [n].
-        formats: kinds of format ("row", "grouped", "dense"), one per configuration.
+        formats: kinds of format (``kvsight.formats.KINDS``), one per configuration.
     """
 
     layer: int

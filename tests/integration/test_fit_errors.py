@@ -6,7 +6,7 @@ from zoo import batches
 import kvsight
 from kvsight.errors import KVSightError
 
-KNOWN = "Available: identity, int, kivi, sight, turboquant."
+KNOWN = f"Available: {', '.join(kvsight.methods())}."
 
 
 @pytest.mark.parametrize(

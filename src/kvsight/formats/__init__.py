@@ -20,6 +20,7 @@ from kvsight.formats.tiered import Tiered
 from kvsight.packing import MAX_WIDTH, packed_width, unpack_columns
 
 __all__ = [
+    "KINDS",
     "Affine",
     "Dense",
     "Field",
