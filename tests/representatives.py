@@ -5,6 +5,7 @@ per format, over all models and settings; and every method is tested on its own 
 tests/integration/test_every_method.py, tests/laws/test_registry.py and tests/unit/test_pages.py.
 """
 
+from functools import cache
 from zlib import crc32
 
 import torch
@@ -16,7 +17,19 @@ from kvsight.retention import Retention
 from kvsight.testing import random_stats
 
 # a method whose formats are none of these joins them; test_every_method.py says so
-REPRESENTATIVES = ("headq", "identity", "int", "kivi", "kvquant", "qjl", "qkqv", "sight", "turboquant")
+REPRESENTATIVES = (
+    "gear",
+    "headq",
+    "identity",
+    "int",
+    "kivi",
+    "kvquant",
+    "qjl",
+    "qkqv",
+    "sight",
+    "turboquant",
+    "zipcache",
+)
 _BUDGETS = (16.0, 8.0, 5.0, 3.0)
 
 
@@ -31,6 +44,7 @@ def shape(form):
     return type(form).__name__, tuple(field.name for field in form.fields), form.block > 1
 
 
+@cache
 def shapes(name):
     """The shapes of all formats that a method chooses by default, from high budgets to low ones."""
     method, stats = kvsight.method_info(name), random_stats(2, 16, tokens=256, seed=1)
@@ -44,3 +58,8 @@ def shapes(name):
                 break
             found |= {shape(placement.codec.format) for placement in placements}
     return found
+
+
+def in_blocks(name):
+    """Whether a method codes blocks of tokens, for which a short sliding window has no room."""
+    return any(blocks for _, _, blocks in shapes(name))

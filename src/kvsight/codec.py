@@ -14,6 +14,7 @@ from kvsight.ops.attend.ref import Coded, Folded
 from kvsight.ops.encode import encode
 from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.joined import JoinedQuantizer
+from kvsight.retention import NOTHING, Hold
 from kvsight.rope import Rope
 from kvsight.transforms import Transform
 
@@ -135,7 +136,7 @@ class Codec:
         """What a plan file holds of it, by name: means, matrices and codebooks, and nothing derived."""
         tables = zip(self.format.table_names, self.quantizer.tables, strict=True)
         turning = {} if self.rope is None else self.rope.tensors
-        return {**self.transform.tensors, **dict(tables), **turning}
+        return {**self.transform.tensors, **dict(tables), **self.quantizer.guides, **turning}
 
     @property
     def static_nbytes(self) -> int:
@@ -175,16 +176,23 @@ def _side_by_side(matrices: Sequence[Tensor], dim: int) -> Tensor:
 class Placement:
     """A codec for these KV heads of one side of one layer; its tensors lead with ``len(heads)`` or 1.
 
-    ``assumed`` is what calibration saw in the codec's coordinates, for telling drift.
+    ``assumed`` is what calibration saw in the codec's coordinates, for telling drift. ``hold`` is what the
+    method keeps exact.
     """
 
     heads: tuple[int, ...]
     codec: Codec
     assumed: Assumed | None = None
+    hold: Hold = NOTHING
+
+    @property
+    def block(self) -> int:
+        """Tokens committed together."""
+        return max(self.codec.format.block, self.hold.commit)
 
     def to(self, device: torch.device | str) -> "Placement":
         assumed = None if self.assumed is None else self.assumed.to(device)
-        return Placement(self.heads, self.codec.to(device), assumed)
+        return replace(self, codec=self.codec.to(device), assumed=assumed)
 
     @property
     def static_nbytes(self) -> int:

@@ -12,6 +12,7 @@ from kvsight.codec import Placement
 from kvsight.errors import KVSightError
 from kvsight.formats import Format, Row
 from kvsight.methods.base import Budget, Method, Option, Rows, Side
+from kvsight.plan import side_block, side_retention
 from kvsight.retention import Retention
 from kvsight.stats import LayerStats, SideStats, before_rope, shrunk
 
@@ -32,7 +33,7 @@ class Curve:
         code_bits: the part that is codes, [n].
         damage: predicted final KL in nats per token, [n].
         error: squared error per element over the variance per element, [n].
-        formats: kinds of format ("row", "grouped", "dense"), one per configuration.
+        formats: kinds of format (``kvsight.formats.KINDS``), one per configuration.
     """
 
     layer: int
@@ -136,7 +137,9 @@ def _of_ladder(
 
     def nbytes(budget: Budget) -> NDArray[np.int64]:
         # all heads commit the same tokens, so the largest block decides how many stay exact
-        kept = budget.retention.stored(budget.seen, max(form.block for form in forms))
+        every = tuple(p for placements in ladder for p in placements)
+        retention = side_retention(budget.retention, every)
+        kept = retention.stored(budget.seen, side_block(every))
         exact = kept.dense * stats.dim * budget.dense_dtype.itemsize
         return np.array([form.nbytes(kept.coded) + exact for form in forms])
 
@@ -165,7 +168,7 @@ def _ladder(
                 raise
             return ladder[::-1]
         ladder.append(placements)
-        cost = max(plain.cost(p.codec.format, stats.dim) for p in placements)
+        cost = max(plain.cost(p.codec.format, stats.dim, p.hold) for p in placements)
         plain = replace(plain, bits=cost - 1e-6)
 
 
@@ -217,5 +220,5 @@ def _of_heads(placements: tuple[Placement, ...], heads: list[int]) -> list[Place
         mine = [i for i, head in enumerate(placement.heads) if head in heads]
         if mine:
             chosen = tuple(placement.heads[i] for i in mine)
-            out.append(Placement(chosen, placement.codec.of_heads(mine)))
+            out.append(replace(placement, heads=chosen, codec=placement.codec.of_heads(mine)))
     return out

@@ -82,7 +82,8 @@ def fit(  # noqa: PLR0913
         method: a name from ``kvsight.methods()``, or ``{"k": name, "v": name}``.
         options: settings of the method (``kvsight methods`` lists them).
         allocate: how the budget is spent over layers, heads and sides: "measured" (by what each error
-            costs at the output), "uniform", "weight-norm", "weight-norm-spectral", "ratequant", "rdkv".
+            costs at the output), "uniform", "weight-norm",
+            "weight-norm-spectral", "weight-norm-group", "ratequant", "rdkv".
             By default "measured" for ``sight`` and "uniform" for published methods.
         constraints: what an allocation may not do.
         propagation: how damage is followed to the output: "gradient", "perturbation" (forward passes
@@ -213,8 +214,8 @@ def settled(request: Request, stats: Stats) -> Request:
 def _calibrated(request: Request) -> bool:
     """Whether anything of the plan depends on the calibration's statistics."""
     allocated = any(request.rule(side) != "uniform" for side in SIDES)
-    methods = [get(name) for name in request.methods.values()]
-    return allocated or any(method.rows is not None or method.fisher for method in methods)
+    used = (get(name) for name in request.methods.values())
+    return allocated or any(method.rows is not None or method.gradients for method in used)
 
 
 def trial_probe(model: "PreTrainedModel", batches: Sequence[Tensor]) -> "Probe":

@@ -1,4 +1,4 @@
-"""Bit packing of one row of codes: any mix of widths 1 to 8, and nothing crosses a byte.
+"""Bit packing of one row of codes: any mix of widths 1 to 8, and nothing crosses a byte; and trits.
 
 A code of width w is cut from its top into pieces of 4, 2 and 1 bits (w = 7 is 4 + 2 + 1, w = 8 is
 4 + 4). A row stores all top nibbles, then the low nibbles of 8-bit codes, then all 2-bit pieces, then
@@ -166,3 +166,32 @@ def unpack_columns(rows: Tensor, widths: Sequence[int]) -> Tensor:
         codes = piece if codes is None else codes.bitwise_or_(piece)
     assert codes is not None
     return codes.view(torch.uint8)[..., :tokens]
+
+
+# 3^5 = 243 codes of five trits fit a byte
+_TRITS = 5
+
+
+def packed_trits(count: int) -> int:
+    """Bytes of one row of base-3 digits."""
+    return -(-count // _TRITS)
+
+
+def pack_trits(codes: Tensor) -> Tensor:
+    """Pack uint8 digits 0 to 2 ``[..., n]``, five a byte: Σ digit_i 3^i. The row's end is padded with 0."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % _TRITS))
+    worth = torch.tensor([3**i for i in range(_TRITS)], dtype=torch.uint8, device=codes.device)
+    digits: Tensor = padded.unflatten(-1, (-1, _TRITS))
+    return (digits * worth).sum(-1, dtype=torch.uint8)
+
+
+def unpack_trits(rows: Tensor, count: int) -> Tensor:
+    """Inverse of ``pack_trits``: uint8 digits ``[..., count]``."""
+    return _trit_table(rows.device)[rows.int()].flatten(-2)[..., :count]
+
+
+@lru_cache(maxsize=64)
+def _trit_table(device: torch.device) -> Tensor:
+    """[256, 5]: the digits of every byte, lowest first; bytes above 242 do not occur."""
+    digits = torch.arange(256).unsqueeze(-1) // 3 ** torch.arange(_TRITS) % 3
+    return digits.to(torch.uint8).to(device)

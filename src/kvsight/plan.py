@@ -112,12 +112,13 @@ class Plan:
         )
 
     def retention(self, layer: LayerPlan) -> Retention:
-        """What a layer keeps exact, and what it drops."""
+        """What the plan keeps exact and the model drops; methods may keep more (``side_retention``)."""
         return Retention(self.sinks, self.window, layer.window)
 
     def stored(self, layer: LayerPlan, side: Side, tokens: int) -> Stored:
         """Sinks, coded and tail tokens of one side after ``tokens`` tokens."""
-        return self.retention(layer).stored(tokens, side_block(layer.side(side)))
+        placements = layer.side(side)
+        return side_retention(self.retention(layer), placements).stored(tokens, side_block(placements))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Plan":
         # a plan never changes, so copies of a cache share it
@@ -161,7 +162,14 @@ class Plan:
 
 def side_block(placements: tuple[Placement, ...]) -> int:
     """Tokens committed together: every head of a side commits the same ones."""
-    return max(placement.codec.format.block for placement in placements)
+    return max(placement.block for placement in placements)
+
+
+def side_retention(retention: Retention, placements: tuple[Placement, ...]) -> Retention:
+    """``retention`` with what the side's methods keep exact by themselves."""
+    for placement in placements:
+        retention = retention.holding(placement.hold)
+    return retention
 
 
 def _head_bytes(plan: Plan, placement: Placement, kept: Stored) -> tuple[int, int, int]:

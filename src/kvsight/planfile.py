@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from kvsight.codec import Codec, Placement
 from kvsight.drift import Assumed
 from kvsight.errors import KVSightError
 from kvsight.formats import (
+    Affine,
     Dense,
     Format,
-    Grouped,
     Joined,
+    Patched,
     Row,
     Scaled,
     Sketch,
     Sparse,
+    Tiered,
     dtype_from_name,
     dtype_name,
     format_from_spec,
@@ -36,10 +38,13 @@ from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.joined import JoinedQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.patched import PatchedQuantizer
 from kvsight.quantizers.scaled import ScaledQuantizer
 from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.quantizers.sparse import SparseQuantizer
+from kvsight.quantizers.tiered import TieredQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.retention import Hold
 from kvsight.rope import Rope
 from kvsight.transforms import Transform, linear
 
@@ -151,12 +156,22 @@ def _body(plan: Plan) -> dict[str, Any]:
 def _layer_body(layer: LayerPlan) -> dict[str, Any]:
     sides: dict[str, Any] = {
         side: [
-            {"heads": list(p.heads), "codec": p.codec.name, "format": p.codec.format.spec()}
+            {
+                "heads": list(p.heads),
+                "codec": p.codec.name,
+                "format": p.codec.format.spec(),
+                **_held(p.hold),
+            }
             for p in layer.side(side)
         ]
         for side in SIDES
     }
     return {"index": layer.index, "window": layer.window, "heads": layer.heads, **sides}
+
+
+def _held(hold: Hold) -> dict[str, Any]:
+    """Only what is held: other plans are as they were."""
+    return {} if hold == Hold() else {"hold": asdict(hold)}
 
 
 def _tensors(plan: Plan) -> dict[str, Tensor]:
@@ -210,7 +225,7 @@ def _placement(entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tens
     # plans of 0.1 did not say what they assumed
     mean, variance = tensors.get(f"{prefix}.mean"), tensors.get(f"{prefix}.variance")
     assumed = None if mean is None or variance is None else Assumed(mean, variance)
-    return Placement(tuple(entry["heads"]), codec, assumed)
+    return Placement(tuple(entry["heads"]), codec, assumed, Hold(**entry.get("hold", {})))
 
 
 def _rope(prefix: str, tensors: Mapping[str, Tensor]) -> Rope | None:
@@ -228,8 +243,13 @@ def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor], transfo
     match form:
         case Row():
             return RowQuantizer(form, tensors[f"{prefix}.levels"], tensors[f"{prefix}.starts"])
-        case Grouped():
-            return GroupedQuantizer(form)
+        case Affine():
+            return GroupedQuantizer(form, tensors.get(f"{prefix}.clip"))
+        case Tiered():
+            guides = (tensors[f"{prefix}.{name}"] for name in ("linear", "factor", "power"))
+            return TieredQuantizer(form, *guides)
+        case Patched():
+            return PatchedQuantizer(form)
         case Dense():
             return DenseQuantizer(form)
         case Scaled():

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvsight.errors import KVSightError
+from kvsight.formats import KINDS
 from kvsight.methods import get
 from kvsight.plan import SIDES, Side
 from kvsight.rules import RULES
@@ -22,7 +23,7 @@ class Constraints:
         min_head_bits: stored bits per coded element that every head gets at least.
         rows: "free"; "heads" for rows of one size in all heads of a layer's side; "layers" for the same
             bytes per token in every layer, keys and values together, as paged engines want.
-        formats: allowed kinds of format ("row", "grouped", "dense"); None allows all.
+        formats: allowed kinds of format (``kvsight.formats.KINDS``, such as "row"); None allows all.
         protected: cache layers that stay exact, in 16 bits, within the budget.
     """
 
@@ -58,8 +59,16 @@ class Request:
     @property
     def joint(self) -> bool:
         """Whether keys and values draw on one budget."""
-        one = self.total_bits is not None or self.bytes_per_token is not None
-        return one and self.rule("k") == self.rule("v") != "uniform"
+        return self._one_budget and self.rule("k") == self.rule("v") != "uniform"
+
+    @property
+    def shared(self) -> bool:
+        """Whether one method got one budget for keys and values."""
+        return self._one_budget and self.methods["k"] == self.methods["v"]
+
+    @property
+    def _one_budget(self) -> bool:
+        return self.total_bits is not None or self.bytes_per_token is not None
 
 
 def make_request(
@@ -89,7 +98,7 @@ def check(request: Request) -> None:
     for side, name in request.methods.items():
         get(name)
         limit = request.bits[side]
-        if limit is None and name != "identity" and request.bytes_per_token is None:
+        if limit is None and not get(name).fixed and request.bytes_per_token is None:
             raise KVSightError(
                 "no budget: give bits= (--bits), or key_bits= and value_bits= (--key-bits, --value-bits), "
                 "or bytes= per token (--bytes), or max_kl= (--max-kl)."
@@ -112,7 +121,7 @@ def _check_constraints(request: Request) -> None:
     limits = request.constraints
     one_of("rows", limits.rows, EQUAL_ROWS)
     for name in limits.formats or ():
-        one_of("formats", name, ("row", "grouped", "dense"))
+        one_of("formats", name, KINDS)
     if not 0 <= limits.min_head_bits <= MAX_BITS:
         raise KVSightError(
             f"min_head_bits must be from 0 to {MAX_BITS:g} stored bits; got {limits.min_head_bits:g}."

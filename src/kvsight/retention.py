@@ -1,6 +1,6 @@
 """Which of the tokens seen so far a cache holds, and how: the closed form of ``cache.side``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """What a method keeps exact by itself.
+
+    ``window`` last tokens, and others until there are ``commit`` of them to code: a multiple of the block
+    of the method's format, or 1.
+    """
+
+    window: int = 0
+    commit: int = 1
+
+
+NOTHING = Hold()
+
+
+@dataclass(frozen=True)
 class Retention:
     """``sinks`` first and at least ``window`` last tokens stay exact; ``sliding`` is the model's window.
 
@@ -31,6 +46,10 @@ class Retention:
     sinks: int
     window: int
     sliding: int | None = None
+
+    def holding(self, hold: Hold) -> "Retention":
+        """With at least the window that a method asks for."""
+        return replace(self, window=max(self.window, hold.window))
 
     @property
     def exact_first(self) -> int:

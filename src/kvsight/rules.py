@@ -32,6 +32,21 @@ def weight_norm_spectral(sides: Sequence[Candidates], layers: Sequence[LayerStat
     return _by_norm(sides, layers, lambda norm: norm.spectral)
 
 
+def weight_norm_group(sides: Sequence[Candidates], layers: Sequence[LayerStats]) -> Damages:
+    """‖W‖_F g for groups of g numbers ("Quantize What Counts", its allocator of group sizes).
+
+    Groups are told by their metadata, which is in inverse proportion to g.
+    """
+
+    def damage(sensitivity: float, curve: Curve) -> Floats:
+        meta = curve.bits - curve.code_bits
+        if not (meta > 0).all():
+            raise KVSightError("weight-norm-group chooses group sizes, and this method stores no scales.")
+        return sensitivity / meta
+
+    return _by_norm(sides, layers, lambda norm: norm.frobenius, damage)
+
+
 def ratequant(sides: Sequence[Candidates], layers: Sequence[LayerStats]) -> Damages:
     """w α β^(-b): gradient energy w and α per head, β of the quantiser (RateQuant, arXiv 2605.06675)."""
     curves = [curve for side in sides for curve in side.curves]
@@ -74,13 +89,21 @@ RULES: dict[str, Rule] = {
     "measured": measured,
     "weight-norm": weight_norm,
     "weight-norm-spectral": weight_norm_spectral,
+    "weight-norm-group": weight_norm_group,
     "ratequant": ratequant,
     "rdkv": rdkv,
 }
 
 
+def _at_bits(sensitivity: float, curve: Curve) -> Floats:
+    return sensitivity**2 * np.exp2(-2 * curve.code_bits)
+
+
 def _by_norm(
-    sides: Sequence[Candidates], layers: Sequence[LayerStats], size: Callable[..., float]
+    sides: Sequence[Candidates],
+    layers: Sequence[LayerStats],
+    size: Callable[..., float],
+    damage: Callable[[float, Curve], Floats] = _at_bits,
 ) -> Damages:
     out: Damages = []
     for side, layer in zip(sides, layers, strict=True):
@@ -91,7 +114,7 @@ def _by_norm(
             )
         of_side: dict[Side, float] = {"k": size(layer.norms[0]), "v": size(layer.norms[1])}
         sensitivity = of_side[side.curves[0].side]
-        out.append([sensitivity**2 * np.exp2(-2 * curve.code_bits) for curve in side.curves])
+        out.append([damage(sensitivity, curve) for curve in side.curves])
     return out
 
 

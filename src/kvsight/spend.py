@@ -98,9 +98,11 @@ def _uniform(stats: Stats, side: Side, request: Request, dense: torch.dtype) -> 
     budgets = [ceiling] * len(stats.layers)
     if method.rows is not None:
         budgets = _spread(stats, side, ceiling)
+    total = ceiling if request.shared else None
     placed: Placed = {}
     for position, (layer, bits) in enumerate(zip(stats.layers, budgets, strict=True)):
-        budget = Budget(bits, request.reference_length, _retention(layer, request), dense, ceiling)
+        kept = _retention(layer, request)
+        budget = Budget(bits, request.reference_length, kept, dense, ceiling, total)
         placed[position, side] = method.build(side, layer.side(side), budget, options)
     return placed
 
@@ -306,6 +308,6 @@ def _canonical(placement: Placement, stats: SideStats) -> Placement:
     transform = codec.transform.stored()
     if not isinstance(codec.format, Row) or codec.format.norm or codec.rope is not None:
         # scales of the tokens' own, and copies, assume nothing; a monitor does not turn keys back
-        return Placement(placement.heads, replace(codec, transform=transform))
+        return replace(placement, codec=replace(codec, transform=transform))
     assumed = Assumed.of(transform, stats.moments.mean[heads], stats.moments.covariance[heads])
-    return Placement(placement.heads, replace(codec, transform=transform), assumed)
+    return replace(placement, codec=replace(codec, transform=transform), assumed=assumed)

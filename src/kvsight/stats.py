@@ -94,7 +94,8 @@ class SideStats:
     were seen.
     ``rope`` is how keys turn with the position: None where they do not, or where ``rope_unknown`` says why
     it is not known. ``places`` [n] and ``passage_places`` [m] are the indices of the sampled tokens.
-    ``read_mean`` [H, d] is the mean of the queries that read a key.
+    ``query`` are the moments of the queries that share the KV head, for keys. ``mass`` [H, n] is the
+    ``expected_mass`` of each sampled token, for values. None where queries were not seen.
     """
 
     moments: Moments
@@ -109,7 +110,8 @@ class SideStats:
     rope_unknown: str | None = None
     places: Tensor | None = None
     passage_places: Tensor | None = None
-    read_mean: Tensor | None = None
+    query: Moments | None = None
+    mass: Tensor | None = None
 
     @property
     def cost(self) -> Tensor | None:
@@ -197,7 +199,7 @@ def before_rope(side: SideStats) -> SideStats:
         damage=turned(side.damage),
         passages=None if side.passages is None else still(side.passages, side.passage_places),
         rope=None,
-        read_mean=None,
+        query=None,
     )
 
 
@@ -220,6 +222,18 @@ def damage_metric(gradient: Moments, side: SideStats) -> Tensor:
     level = (fisher * covariance).sum((-1, -2)) / (prior * covariance).sum((-1, -2)).clamp_min(tiny)
     weight = _PRIOR_TOKENS / (_PRIOR_TOKENS + gradient.count)
     return (1 - weight) * fisher + weight * level.clamp_min(0)[:, None, None] * prior
+
+
+def expected_mass(keys: Tensor, query: Moments) -> Tensor:
+    """log E exp(q·k / √d) over Gaussian queries of these moments: keys [H, n, d] to [H, n], in nats.
+
+    μᵀk/√d + ½ kᵀ Cov(q) k / d: the attention that a key draws, before softmax divides by that of others.
+    """
+    k = keys.double()
+    dim = k.shape[-1]
+    spread = ((k @ query.covariance) * k).sum(-1) / (2 * dim)
+    mass: Tensor = (k @ query.mean.unsqueeze(-1)).squeeze(-1) / dim**0.5 + spread
+    return mass
 
 
 def shrunk(metric: Tensor | None, side: SideStats, strength: float) -> Tensor:

@@ -21,7 +21,7 @@ from kvsight.errors import KVSightError
 from kvsight.integrations.attention import attention_override, default_scaling, implementations, original
 from kvsight.projections import Norms, projection_norms
 from kvsight.rotary import Turning, turnings
-from kvsight.stats import LayerStats, Moments, SideStats, Stats, damage_metric
+from kvsight.stats import LayerStats, Moments, SideStats, Stats, damage_metric, expected_mass
 
 Progress = Callable[[str, int, int], None]
 CacheSink = Callable[[int, Tensor, Tensor], None]
@@ -560,10 +560,13 @@ def summarise(trace: Trace) -> Stats:
             rope_unknown=seen.turning.unknown,
             places=trace.places,
             passage_places=trace.passage_places,
-            read_mean=None if seen.query is None else seen.query.mean,
+            query=seen.query,
         )
         value = SideStats(seen.value, seen.output_metric, seen.value_sample, passages=seen.value_passages)
         value = replace(value, read=seen.read, focus=seen.focus)
+        if seen.query is not None:
+            # both samples are of the same tokens
+            value = replace(value, mass=expected_mass(seen.key_sample, seen.query))
         if seen.key_gradient is not None and seen.value_gradient is not None:
             damage = damage_metric(seen.key_gradient, key)
             key = replace(key, damage=damage, salience=seen.key_salience)

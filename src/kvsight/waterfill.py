@@ -90,6 +90,31 @@ def falling_gains(variances: Tensor, distortion: Sequence[float]) -> tuple[Tenso
     return order % dim, torch.div(order, dim, rounding_mode="floor") + 1
 
 
+def tiers(log_weights: Tensor, widths: Sequence[int], counts: Sequence[Sequence[int]]) -> Tensor:
+    """Which of ``widths`` every token gets, so that Σ_j w_j / (2^b_j - 1)² is least.
+
+    That is the squared error of b_j bits over a fixed range; 4^-b, its limit, flatters one and two bits.
+
+    Args:
+        log_weights: [..., n] in nats; ties go to earlier tokens.
+        widths: falling.
+        counts: the allowed numbers of tokens of each width, n together (``Tiered.counts``).
+
+    Returns: places in ``widths``, int64 [..., n].
+    """
+    order = log_weights.sort(dim=-1, descending=True, stable=True).indices
+    weights = (log_weights - log_weights.amax(-1, keepdim=True)).double().exp().gather(-1, order)
+    sums = torch.nn.functional.pad(weights.cumsum(-1), (1, 0))
+    ends = torch.tensor(counts, device=weights.device).cumsum(-1)
+    errors = torch.tensor([(2.0**w - 1) ** -2 for w in widths], dtype=torch.float64, device=weights.device)
+    # heavier tokens never get less: a split is judged by where the tiers end
+    of_tiers = sums[..., ends].diff(dim=-1, prepend=torch.zeros_like(sums[..., ends[:, :1]]))
+    best = (of_tiers * errors).sum(-1).argmin(-1)
+    rank = torch.arange(log_weights.shape[-1], device=weights.device)
+    found = (rank.unsqueeze(-1) >= ends[best].unsqueeze(-2)).sum(-1)
+    return torch.empty_like(order).scatter_(-1, order, found)
+
+
 def _gains(variances: Tensor, distortion: Sequence[float]) -> Tensor:
     """What each next bit of each coordinate saves, [..., d, widest], fp64."""
     d = torch.tensor(distortion, dtype=torch.float64)

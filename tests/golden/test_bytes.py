@@ -10,13 +10,27 @@ import pytest
 import torch
 
 from kvsight.codec import Codec, joined
-from kvsight.formats import Dense, Format, Grouped, Packed, Row, Scaled, Sparse
+from kvsight.formats import (
+    Dense,
+    Format,
+    Grouped,
+    Packed,
+    Patched,
+    Row,
+    Scaled,
+    Sparse,
+    Symmetric,
+    Ternary,
+    Tiered,
+)
 from kvsight.quantizers.base import Quantizer
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.patched import PatchedQuantizer
 from kvsight.quantizers.scaled import ScaledQuantizer
 from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.quantizers.sparse import SparseQuantizer
+from kvsight.quantizers.tiered import TieredQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.transforms import identity
 
@@ -39,6 +53,11 @@ class Golden:
 
 def rows(widths, levels, starts, norm=False):
     return RowQuantizer(Row(widths, norm), torch.tensor(levels), torch.tensor([starts], dtype=torch.int32))
+
+
+def tiered(form, linear):
+    """Tiers by a dot product."""
+    return TieredQuantizer(form, torch.tensor([linear]), torch.zeros(1, 0, form.dim), torch.zeros(1))
 
 
 CODES_AS_LEVELS = [float(i) for i in range(256)]
@@ -95,6 +114,63 @@ GOLDEN = {
         [[5, -4, 5, -4]],
         {"0.codes": "01", "1.codes": "02"},
         read=[[4, -4, 1]],
+    ),
+    "symmetric": Golden(
+        GroupedQuantizer(Symmetric(4, 3, 4, "channel")),
+        [[-3, 1, 2, 0]],
+        {"codes": "b8 03", "scale": "00 3c"},
+    ),
+    "ternary": Golden(
+        GroupedQuantizer(Ternary(7, 7, "channel")),
+        [[0, 1, 2, 2, 1, 0, 2]],
+        {"codes": "9c 06", "scale": "00 3c", "zero": "00 00"},
+    ),
+    "tiered along tokens": Golden(
+        tiered(Tiered(2, 4, (2, 1), 6, "token"), [0.0, 1.0]),
+        [[0, 0], [0, 3], [1, 2], [3, 6]],
+        {
+            "codes": "00 00 00 03 0f 00",
+            "tags": "05",
+            "scale": "00 3c 00 3c 00 3c 00 40",
+            "zero": "00 00 00 42 00 00 00 00",
+        },
+    ),
+    "tiered along channels": Golden(
+        tiered(Tiered(2, 2, (2, 1), 3, "channel", scaled=True), [1.0, 0.0]),
+        [[4, -3], [2, 9]],
+        {
+            "codes": "03 00 02",
+            "tags": "02",
+            "scale": "00 3c 00 40",
+            "zero": "00 bc 00 3c",
+            "channel": "00 40 00 42",
+        },
+    ),
+    "patched along channels": Golden(
+        PatchedQuantizer(Patched(Grouped(4, 1, 4, "channel"), 2, 1, 1)),
+        [[0, 4, 1, 9], [0, 4, 0, 8]],
+        {
+            "codes": "0a 0a",
+            "scale": "00 44 00 44",
+            "zero": "00 00 00 00",
+            "index": "03 03",
+            "outlier": "80 48 00 48",
+            "left": "00 3c 00 00",
+            "right": "00 00 00 00 00 3c 00 00",
+        },
+    ),
+    "patched along tokens": Golden(
+        PatchedQuantizer(Patched(Grouped(2, 1, 4, "token"), 4, 1, 1)),
+        [[0, 0], [4, 0], [1, 4], [9, 8]],
+        {
+            "codes": "00 01 02 03",
+            "scale": "00 44 00 44",
+            "zero": "00 00 00 00",
+            "index": "0f",
+            "outlier": "80 48 00 48",
+            "left": "00 00 00 00 00 3c 00 00",
+            "right": "00 3c 00 00",
+        },
     ),
     "dense bfloat16": Golden(
         DenseQuantizer(Dense(2, torch.bfloat16)), [[1, -2]], {"values": "80 3f 00 c0"}

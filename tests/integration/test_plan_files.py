@@ -13,10 +13,10 @@ from kvsight import planfile
 from kvsight.errors import KVSightError
 from kvsight.plan import SIDES, digest
 from kvsight.planfile import plan_hash
-from representatives import REPRESENTATIVES
+from representatives import REPRESENTATIVES, in_blocks
 
 METHODS = REPRESENTATIVES
-BITS = {"identity": None, "kivi": 6.0}
+BITS = {"identity": None, "kivi": 6.0, "gear": 8.0}
 # one kind of layers each, and mixtures of them
 PATHS = ["llama", "gemma3", "deepseek-v3", "qwen3-next", "gemma4"]
 
@@ -29,15 +29,15 @@ def pairs(names, count):
     """(name, method): for every name ``count`` methods in turn, blocks only where windows have room."""
     found = []
     for i, name in enumerate(names):
-        able = [method for method in METHODS if method != "kivi" or not KINDS[name].sliding]
+        able = [method for method in METHODS if not KINDS[name].sliding or not in_blocks(method)]
         found += [(name, able[(count * i + j) % len(able)]) for j in range(count)]
     return found
 
 
 def test_pairs_meet_every_method_often():
-    for count, names in ((3, PATHS), (2, KINDS)):
+    for count, names, often in ((4, PATHS, 1), (2, KINDS, 2)):
         met = [method for _, method in pairs(names, count)]
-        assert all(met.count(method) >= 2 for method in METHODS)
+        assert all(met.count(method) >= often for method in METHODS)
 
 
 def codes(plan):
@@ -54,7 +54,7 @@ def codes(plan):
                 yield placement.heads, form, packed.tensors, placement.codec.decode(packed)
 
 
-@pytest.mark.parametrize(("name", "method"), pairs(PATHS, 3))
+@pytest.mark.parametrize(("name", "method"), pairs(PATHS, 4))
 def test_a_plan_comes_back_as_it_was(name, method, plan, tmp_path):
     made = fitted(plan, name, method)
     made.save(tmp_path / "plan")
@@ -323,13 +323,26 @@ def test_the_ledger_adds_up(name, method, plan):
         assert made.true_bits <= BITS.get(method, 5.0) + 1e-9
 
 
+def test_what_a_method_holds_comes_back(plan, tmp_path):
+    made = plan("llama", "kivi", bits=6.0, options=(("residual", 32),))
+    made.save(tmp_path / "plan")
+    back = kvsight.Plan.load(tmp_path / "plan")
+    assert plan_hash(back) == plan_hash(made) != plan_hash(plan("llama", "kivi", bits=6.0))
+    assert [back.nbytes(n) for n in (31, 33, 100)] == [made.nbytes(n) for n in (31, 33, 100)]
+    (layer,) = {(made.stored(layer, "k", 100), made.stored(layer, "v", 100)) for layer in back.layers}
+    assert [(kept.coded, kept.tail) for kept in layer] == [(96, 4), (68, 32)]
+    # 32 exact values of 1,024 are paid for
+    assert {row.window_bits for row in back.ledger()} == {0.0, 0.5}
+    assert made.true_bits <= 6.0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_static_bytes_are_those_of_the_file(method, plan, tmp_path):
     made = fitted(plan, "llama", method)
     made.save(tmp_path / "plan")
     tensors = load_file(tmp_path / "plan" / "tensors.safetensors")
     assert made.ledger().static_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
-    assert (made.ledger().static_bytes > 0) == (method not in ("identity", "int", "kivi"))
+    assert (made.ledger().static_bytes > 0) == (method not in ("gear", "identity", "int", "kivi", "qwc"))
 
 
 def test_exact_tokens_are_paid_from_the_budget(plan):

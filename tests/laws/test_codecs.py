@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsight.codec import Codec
-from kvsight.formats import Dense, Grouped
+from kvsight.formats import Dense, Grouped, Patched, Symmetric, Ternary, Tiered
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer, gaussian, row_quantizer, uniform
+from kvsight.quantizers.patched import PatchedQuantizer
+from kvsight.quantizers.tiered import TieredQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.testing import check_codec, check_compresses
 from kvsight.transforms import centre, haar, identity, linear
@@ -39,6 +41,56 @@ def test_rows(row, norm, kind):
 def test_groups(dim, bits, group, along):
     group = min(group, dim) if along == "channel" else group
     check_codec(Codec("grouped", identity(dim), GroupedQuantizer(Grouped(dim, bits, group, along))), seed=3)
+
+
+@settings(max_examples=10)
+@given(
+    dim=st.integers(1, 19),
+    bits=st.integers(1, 8),
+    group=st.integers(1, 19),
+    along=st.sampled_from(["channel", "token"]),
+    clip=st.sampled_from([None, 1.0]),
+)
+def test_trits_and_symmetric_groups(dim, bits, group, along, clip):
+    group = min(group, dim) if along == "channel" else group
+    form = Ternary(dim, group, along) if bits == 1 else Symmetric(dim, bits, group, along)
+    table = None if clip is None else torch.tensor([clip])
+    check_codec(Codec("affine", identity(dim), GroupedQuantizer(form, table)), seed=3)
+
+
+def tiered(form, heads=1, rank=2):
+    draw = torch.Generator().manual_seed(form.dim)
+    linear = torch.randn(heads, form.dim, generator=draw)
+    factor = torch.randn(heads if rank else 1, rank, form.dim, generator=draw)
+    return Codec("tiers", identity(form.dim), TieredQuantizer(form, linear, factor, torch.tensor([0.5])))
+
+
+@settings(max_examples=6)
+@given(
+    dim=st.integers(1, 19),
+    widths=st.sampled_from([(4, 2), (8, 4), (2, 1), (5, 3, 2), (3, 2, 1), (8, 6, 5)]),
+    many=st.integers(0, 2),
+    along=st.sampled_from(["channel", "token"]),
+    rank=st.integers(0, 3),
+)
+def test_tiers(dim, widths, many, along, rank):
+    total = widths[1] * 6 + many * (widths[0] - widths[1])
+    form = Tiered(dim, 6, widths, total, along, scaled=along == "channel")
+    check_codec(tiered(form, heads=1 + rank % 2, rank=rank), seed=4)
+
+
+@settings(max_examples=6)
+@given(
+    dim=st.integers(2, 19),
+    bits=st.integers(1, 8),
+    along=st.sampled_from(["channel", "token"]),
+    outliers=st.integers(0, 2),
+    rank=st.integers(0, 2),
+)
+def test_repairs(dim, bits, along, outliers, rank):
+    group = 4 if along == "token" else min(4, dim)
+    form = Patched(Grouped(dim, bits, group, along), 8, outliers, rank)
+    check_codec(Codec("repaired", identity(dim), PatchedQuantizer(form)), seed=5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvsight.codec import Codec, joined
-from kvsight.formats import Dense, Grouped
+from kvsight.formats import Dense, Grouped, Patched, Row, Symmetric, Ternary, Tiered
 from kvsight.ops.attend import Segment, attend, op
 from kvsight.ops.attend import ref as definition
 from kvsight.quantizers.dense import DenseQuantizer
@@ -140,6 +140,27 @@ def test_segments_decode_to_what_their_bytes_mean():
         assert shown.dtype == torch.float32
     hidden = coded("token groups", draw(1, 2, 9, DIM, seed=40), skip=3)
     assert torch.allclose(hidden.decode(torch.float64), decoded([hidden]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Dense(3, torch.float16),
+        Row((4, 2, 0), norm=True),
+        Grouped(8, 3, 4, "token"),
+        Symmetric(8, 3, 4, "channel"),
+        Ternary(8, 4, "token"),
+        Tiered(8, 6, (4, 2), 16, "channel", scaled=True),
+        Patched(Grouped(8, 2, 4, "token"), 8, 2, 1),
+    ],
+    ids=lambda form: form.name,
+)
+def test_graphs_hold_a_format_as_numbers(form):
+    numbers = op._numbers(form)
+    assert all(type(number) is int for number in numbers)
+    rest = iter([*numbers, 7])
+    assert op._format(rest) == form
+    assert next(rest) == 7
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kvsight
+from kvsight.errors import KVSightError
 from kvsight.formats import Joined
 from kvsight.methods.base import Budget
 from kvsight.ops.attend import Segment, attend
@@ -137,7 +138,8 @@ def test_one_scale_per_token_costs_sixteen_bits_and_follows_the_token():
 
 def test_a_centred_basis_drops_the_mean_query():
     mean = 3 * TOP[..., -1]
-    read = replace(stats(), metric=METRIC + mean.unsqueeze(-1) * mean.unsqueeze(-2), read_mean=mean)
+    queries = Moments.zero(2, DIM).add(mean.unsqueeze(1))
+    read = replace(stats(), metric=METRIC + mean.unsqueeze(-1) * mean.unsqueeze(-2), query=queries)
     plain, centred = (codec(read, centred=c, rank=1).transform.matrix[:, :, DIM:] for c in (False, True))
     axis = mean.float().unsqueeze(-1) / mean.float().norm(dim=-1)[:, None, None]
     along = [(m / m.norm(dim=-2, keepdim=True) * axis).sum((-2, -1)).abs() for m in (plain, centred)]
@@ -157,3 +159,8 @@ def test_a_base_that_turns_keys_back_keeps_its_rotation():
     near = coder.decode(coder.encode(there, 100), 100) - there
     far = coder.decode(coder.encode(there, 100), 101) - there
     assert float(near.norm()) < 0.6 * float(far.norm())
+
+
+def test_a_centred_basis_without_queries_says_so():
+    with pytest.raises(KVSightError, match="'centred' needs the mean query, which was not observed"):
+        codec(centred=True)

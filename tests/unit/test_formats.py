@@ -9,14 +9,19 @@ from hypothesis import strategies as st
 
 from kvsight.errors import KVSightError
 from kvsight.formats import (
+    KINDS,
     Dense,
     Grouped,
     Joined,
     Packed,
+    Patched,
     Row,
     Scaled,
     Sketch,
     Sparse,
+    Symmetric,
+    Ternary,
+    Tiered,
     concat,
     dtype_from_name,
     dtype_name,
@@ -35,6 +40,16 @@ FORMATS = [
     (Scaled(10, 3, 2), 4 + 4, 4, 1),
     (Sparse(10, 3), 9, 3, 1),
     (Sparse(257, 3), 12, 6, 1),
+    (Sketch(20), 5, 2, 1),
+    (Joined((Grouped(10, 3, 4, "token"), Sketch(5))), 56 + 4 * 3, 40 + 4 * 2, 4),
+    (Symmetric(10, 3, 4, "channel"), 4 + 6, 6, 1),
+    (Ternary(11, 4, "token"), 4 * 3 + 44, 44, 4),
+    # 6 tokens of 4, 2, 2, 2, 2 and 2 bits in rows of 16 channels
+    (Tiered(10, 6, (4, 2), 14, "token"), 14 * 2 + 1 + 80, 81, 6),
+    (Tiered(10, 6, (5, 3, 2), 18, "channel", scaled=True), 18 * 2 + 2 + 6 * 4 + 20, 46, 6),
+    # one outlier a channel: an index of 3 bits and a number; one column
+    (Patched(Grouped(10, 3, 4, "token"), 8, 1, 1), 2 * 56 + 4 + 20 + 16 + 20, 80 + 60, 8),
+    (Patched(Grouped(10, 3, 10, "channel"), 4, 2, 0), 4 + 4 + 1 + 4, 4 + 5, 1),
 ]
 
 
@@ -58,6 +73,10 @@ def test_specs_read_back(form, block):
     assert again.name == form.name
 
 
+def test_every_kind_is_one_of_these():
+    assert {form.spec()["kind"] for form, *_ in FORMATS} == set(KINDS)
+
+
 def test_effective_bits_of_the_published_settings():
     def bits(form, tokens):
         return 8 * form.nbytes(tokens) / (tokens * form.dim)
@@ -69,6 +88,26 @@ def test_effective_bits_of_the_published_settings():
     assert bits(Grouped(128, 2, 128, "token"), 128) == 2.25
     assert bits(Grouped(128, 4, 128, "channel"), 1) == 4.25
     assert bits(Grouped(64, 4, 64, "channel"), 1) == 4.5
+
+
+def test_effective_bits_of_tiers_and_repairs():
+    def bits(form):
+        return 8 * form.nbytes(form.block) / (form.block * form.dim)
+
+    # 1.6 bits of trits, padded to 13 bytes at 64 channels, and 32 / G
+    assert bits(Ternary(80, 32, "token")) == 1.6 + 1
+    assert bits(Ternary(64, 64, "channel")) == 13 / 8 + 0.5
+    assert bits(Symmetric(64, 4, 64, "channel")) == 4.25
+    # two ranges for each channel and block, a tag for each token
+    share = 0.6 * 4 + 0.4 * 2
+    assert bits(Tiered(64, 160, (4, 2), 512, "token")) == pytest.approx(share + 2 * 32 / 160 + 1 / 64)
+    scaled = Tiered(64, 64, (5, 3, 2), 192, "channel", scaled=True)
+    assert bits(scaled) == 3 + 32 / 64 + 2 / 64 + 16 / 64
+    # b + 32 / G + 16 r (1/T + 1/d) + s (16 + index)
+    for span in (64, 128):
+        gear = Patched(Grouped(64, 2, span, "token"), span, 2, 4)
+        index = 16 + math.log2(span)
+        assert bits(gear) == 2 + 32 / span + 16 * 4 * (1 / span + 1 / 64) + 2 * index / span
 
 
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 300))
@@ -88,10 +127,21 @@ def test_ragged_groups_pay_for_a_whole_pair(dim, bits, group):
         (lambda: Grouped(8, 4, 9, "channel"), "group 9 does not fit 8 channels"),
         (lambda: Grouped(8, 4, 0, "token"), "group 0 does not fit"),
         (lambda: Grouped(8, 4, 32, "token").nbytes(33), "whole blocks of 32 tokens; got 33. Keep the rem"),
-        (lambda: format_from_spec({"kind": "ternary"}), r"unknown format \{'kind': 'ternary'\}"),
+        (lambda: Symmetric(8, 1, 4, "token"), "symmetric codes have 2 to 8 bits; got 1"),
+        (lambda: Ternary(8, 9, "channel"), "group 9 does not fit 8 channels"),
+        (lambda: Tiered(8, 4, (4,), 16, "token"), r"two or three widths from 1 to 8; got \(4,\)"),
+        (lambda: Tiered(8, 4, (4, 0), 8, "token"), r"two or three widths from 1 to 8; got \(4, 0\)"),
+        (lambda: Tiered(8, 4, (2, 4), 12, "token"), r"tiers fall from first to last; got \(2, 4\)"),
+        (lambda: Tiered(8, 4, (4, 2), 13, "token"), "no 4 tokens of 4, 2 bits have 13 together"),
+        (lambda: Tiered(8, 4, (4, 2), 18, "token"), "no 4 tokens of 4, 2 bits have 18 together"),
+        (lambda: Patched(Grouped(8, 2, 4, "token"), 6, 0, 1), "6 tokens do not hold whole groups of 4"),
+        (lambda: Patched(Grouped(8, 2, 4, "token"), 8, 9, 0), "line of 8 numbers cannot have 9 outliers"),
+        (lambda: Patched(Grouped(8, 2, 4, "token"), 512, 2, 0), "lines of up to 256 numbers; got 512"),
+        (lambda: Patched(Grouped(8, 2, 4, "token"), 8, 0, -1), "a rank is not negative; got -1"),
+        (lambda: format_from_spec({"kind": "hexary"}), r"unknown format \{'kind': 'hexary'\}"),
         (
             lambda: format_from_spec({"kind": "row", "widths": [1]}),
-            "knows row, grouped, dense, sketch, scaled, sparse and joined",
+            f"knows {', '.join(KINDS)}",
         ),
         (
             lambda: format_from_spec({"kind": "dense", "dim": 2, "dtype": "int8"}),
@@ -129,6 +179,8 @@ def numbered(form, batch, heads, blocks):
         Row((5, 3), norm=True),
         Grouped(3, 4, 4, "token"),
         Joined((Grouped(3, 4, 4, "token"), Sketch(5))),
+        Tiered(3, 4, (2, 1), 6, "channel", scaled=True),
+        Patched(Grouped(3, 4, 3, "channel"), 4, 1, 2),
     ],
 )
 def test_narrow_and_concat_are_inverse(form):

@@ -1,13 +1,16 @@
 """What methods choose under a budget, against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kvsight
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Grouped, Joined, Row, Sketch
+from kvsight.formats import Dense, Grouped, Joined, Patched, Row, Sketch, Symmetric, Ternary, Tiered
 from kvsight.methods.base import Budget
-from kvsight.retention import Retention
+from kvsight.retention import Hold, Retention
+from kvsight.stats import expected_mass
 from kvsight.testing import random_stats
 
 pytestmark = pytest.mark.usefixtures("stretched_once")
@@ -80,6 +83,107 @@ def test_kivi_keeps_to_the_group_asked_for():
 def test_int_rounds_down_to_whole_bits(bits, options, wanted):
     for side in ("k", "v"):
         assert only_format("int", side, bits, **options) == wanted
+
+
+def test_kivi_with_a_residual_holds_what_the_paper_holds():
+    (keys,) = place("kivi", "k", limit(16), group=32, residual=128)
+    (values,) = place("kivi", "v", limit(16), group=32, residual=128)
+    assert (keys.codec.format, keys.hold) == (Grouped(64, 8, 32, "token"), Hold(commit=128))
+    assert (values.codec.format, values.hold) == (Grouped(64, 8, 32, "channel"), Hold(window=128))
+    # 32 exact values of 1,024: 0.5 bits, and 31/32 of 3 bits
+    rich = limit(3.41)
+    (values,) = place("kivi", "v", rich, residual=32)
+    assert values.codec.format == Grouped(64, 2, 32, "channel")
+    assert rich.cost(values.codec.format, hold=values.hold) == 16 / 32 + 3 * 31 / 32
+    # keys have none at 1,024 tokens, and 24 at 1,000
+    (keys,) = place("kivi", "k", rich, residual=32)
+    assert rich.cost(keys.codec.format, hold=keys.hold) == 3
+    waiting = limit(4, seen=1000).cost(Grouped(64, 2, 32, "token"), hold=Hold(commit=128))
+    assert waiting == pytest.approx((896 * 3 + 104 * 16) / 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "bits", "options", "wanted"),
+    [
+        ("k4v2", "k", 5.0, {}, Grouped(64, 4, 32, "channel")),
+        ("k4v2", "v", 2.9, {}, Grouped(64, 2, 64, "channel")),
+        ("k4v2", "k", 4.3, {"axis": "mixed"}, Grouped(64, 4, 128, "token")),
+        ("k4v2", "v", 3.0, {"axis": "mixed"}, Grouped(64, 2, 32, "channel")),
+        ("k3v8", "v", 16, {"axis": "channel", "group": 64}, Grouped(64, 8, 64, "token")),
+        ("k8v1.58", "v", 2.7, {}, Ternary(64, 32, "channel")),
+        ("k1.58v1.58", "k", 2.0, {"axis": "channel"}, Ternary(64, 128, "token")),
+        ("qwc", "k", 2.4, {}, Ternary(64, 64, "channel")),
+        ("qwc", "v", 6.4, {}, Grouped(64, 4, 64, "channel")),
+        ("quarot", "k", 4.5, {}, Grouped(64, 4, 64, "channel")),
+        ("quarot", "k", 4.25, {"symmetric": True}, Symmetric(64, 4, 64, "channel")),
+        ("gear", "k", 5.0, {"rank": 4}, Patched(Grouped(64, 2, 128, "token"), 128, 2, 4)),
+        ("gear", "v", 16, {"sparse": 0.05, "span": 32}, Patched(Grouped(64, 8, 64, "channel"), 32, 4, 2)),
+        ("zipcache", "k", 16, {"salient": 0.6, "tiers": "4,2"}, Tiered(64, 128, (4, 2), 410, "token")),
+        ("zipcache", "v", 2.0, {"span": 64}, Tiered(64, 64, (2, 1), 72, "channel", scaled=True)),
+        ("a2", "v", 3.6, {}, Tiered(64, 64, (5, 3, 2), 192, "channel")),
+        ("a2", "k", 3.3, {}, Grouped(64, 3, 128, "token")),
+    ],
+)
+def test_integer_methods_take_the_dearest_that_fits(name, side, bits, options, wanted):
+    assert only_format(name, side, bits, **options) == wanted
+
+
+def test_a_pair_keeps_one_budget_on_average():
+    """K4V2 of groups of 64 stores 4.5 and 2.5: 3.5 together, as many as one budget of 3.5 allows."""
+    shared = replace(limit(3.5), total=3.5)
+    (keys,), (values,) = (place("k4v2", side, shared) for side in ("k", "v"))
+    assert (keys.codec.format.group, values.codec.format.group) == (64, 64)
+    with pytest.raises(
+        KVSightError, match=r"k4v2 cannot meet 3.4 bits; its cheapest .* stores 3.5 over keys"
+    ):
+        place("k4v2", "v", replace(limit(3.4), total=3.4))
+    with pytest.raises(KVSightError, match=r"k4v2 cannot meet 3.5 bits; its cheapest .* stores 4.5"):
+        place("k4v2", "k", limit(3.5))
+
+
+def test_a_residual_of_a_pair_is_coded_when_it_is_full():
+    (keys,) = place("k4v2", "k", limit(16), residual=64)
+    assert (keys.block, keys.hold) == (64, Hold(commit=64))
+    with pytest.raises(KVSightError, match=r"'residual' is 0 or a multiple of the group \(128\) .* got 64"):
+        place("k4v2", "k", limit(16), residual=64, axis="channel", group=128)
+
+
+def test_any_pair_has_a_name():
+    for name in ("k1v8", "k3v2", "k1.58v4"):
+        assert kvsight.method_info(name).name == name
+    for name in ("k9v2", "k0v2", "k4v2.5", "k4", "4v2", "k4v22"):
+        with pytest.raises(KVSightError, match="unknown method"):
+            kvsight.method_info(name)
+
+
+def test_tokens_weigh_what_calibration_saw():
+    stats = STATS[64]
+    size = stats.sample.double().square().mean(-1).log()
+
+    def log_weights(side, saliency, stats=stats):
+        method = kvsight.method_info("zipcache")
+        options = method.with_defaults({"saliency": saliency})
+        (placed,) = method.build(side, stats, limit(4), options)
+        return placed.codec.quantizer.log_weights(stats.sample)
+
+    # the squared attention that Gaussian queries would pay; for values a guess at it, times their square
+    drawn, mass = log_weights("k", "attention"), expected_mass(stats.sample, stats.query)
+    assert torch.allclose(drawn, 2 * mass, rtol=1e-3, atol=1e-3 * float(mass.abs().max()))
+    guess = log_weights("v", "attention") - size
+    # squared gradients, as far as they are linear in the vector
+    slope = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    salience = (stats.sample.double() @ slope).squeeze(-1)
+    seen = replace(stats, salience=salience.exp())
+    felt = log_weights("k", "gradient", seen)
+    for head in range(2):
+        assert float(torch.corrcoef(torch.stack([guess[head], mass[head]]))[0, 1]) > 0.7
+        assert float(torch.corrcoef(torch.stack([felt[head], salience[head]]))[0, 1]) > 0.95
+        assert float(felt[head].std() / salience[head].std()) == pytest.approx(2, rel=0.15)
+    assert torch.allclose(log_weights("v", "norm"), size, atol=1e-4)
+    # what was not seen gives way to the next
+    assert torch.equal(log_weights("k", "gradient"), drawn)
+    blind = replace(stats, query=None, mass=None)
+    assert torch.equal(log_weights("k", "gradient", blind), log_weights("k", "norm"))
 
 
 def test_turboquant_pays_for_its_norm():
@@ -212,6 +316,10 @@ def test_a_window_of_everything_leaves_nothing_to_code():
             "turboquant-prod cannot meet 1.2 bits; its cheapest configuration here st",
         ),
         ("qjl", 1.7, "qjl cannot meet 1.7 bits; its cheapest configuration here stores 1.75"),
+        ("quarot", 1.4, "quarot cannot meet 1.4 bits; its cheapest configuration here stores 1.5"),
+        ("gear", 2.3, "gear cannot meet 2.3 bits; its cheapest configuration here stores 2.35"),
+        ("zipcache", 1.6, "zipcache cannot meet 1.6 bits; its cheapest configuration here stores 1.6"),
+        ("qwc", 1.4, "qwc cannot meet 1.4 bits; its cheapest configuration here stores 1.5"),
         ("sight", 0.12, "sight cannot meet 0.12 bits; its smallest row stores 0.125"),
         (
             "headq",
@@ -256,9 +364,22 @@ def test_a_budget_that_exact_tokens_use_up_says_so():
         ("headq", {"side_bits": 9}, "'side_bits' is 1 to 8; got 9"),
         ("headq", {"scales": "loose"}, "'scales' is one of static, dynamic; got 'loose'"),
         ("headq", {"control": "placebo"}, "'control' is one of none, wrong-sign, random; got 'placebo'"),
-        ("headq", {"centred": True}, "'centred' needs the mean query, which was not observed"),
         ("kivi", {"group": "wide"}, r"'group' takes int \(default 0\); got 'wide'"),
         ("kivi", {"grup": 32}, "kivi has no option 'grup'; its options: group=0"),
+        ("kivi", {"residual": 48}, "'residual' is 0, or a multiple of the group .* got 48 with group 0"),
+        ("kivi", {"residual": -32}, "'residual' is 0, or a multiple of the group .* got -32 with group 0"),
+        ("k4v2", {"axis": "row"}, "qwc option 'axis' is 'token', 'channel' or 'mixed'; got 'row'"),
+        ("quarot", {"clip": 1.1}, "'clip' is a share of the range, above 0 and up to 1; got 1.1"),
+        ("gear", {"sparse": 0.6}, "'sparse' from 0 to 0.5 and 'rank' from 0 to head_dim 64; got 0.6 and 2"),
+        ("gear", {"span": 200}, "blocks of 200 tokens do not hold whole groups of 128"),
+        ("gear", {"span": 0}, "group 0 does not fit"),
+        ("zipcache", {"tiers": "4"}, "'tiers' is any, or two widths as in 4,2; got '4'"),
+        ("zipcache", {"salient": 1.0}, "'salient' from 0 to 1; got 128 and 1"),
+        (
+            "zipcache",
+            {"saliency": "age"},
+            "'saliency' is one of gradient, attention, norm, random; got 'age'",
+        ),
         ("identity", {"group": 32}, "identity has no option 'group'; its options: none"),
     ],
 )

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsight.packing import MAX_WIDTH, pack_row, packed_width, unpack_row
+from kvsight.packing import (
+    MAX_WIDTH,
+    pack_row,
+    pack_trits,
+    packed_trits,
+    packed_width,
+    unpack_row,
+    unpack_trits,
+)
 
 
 def oracle(codes, widths):
@@ -111,3 +119,17 @@ def test_a_score_is_linear_in_the_pieces():
     assert torch.equal(8 * high + 2 * crumb + bit, codes)
     row = pack_row(codes[77:78].unsqueeze(0), (7,))
     assert row.tolist() == [[int(high[77] | crumb[77] << 4 | bit[77] << 6)]]
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
+def test_trits_are_base_three_digits(digits):
+    packed = pack_trits(torch.tensor([digits], dtype=torch.uint8))
+    assert packed.dtype == torch.uint8
+    number = sum(digit * 3**i for i, digit in enumerate(digits))
+    assert packed.tolist() == [[number // 243**i % 243 for i in range(packed_trits(len(digits)))]]
+    assert unpack_trits(packed, len(digits)).tolist() == [digits]
+
+
+def test_five_trits_fit_a_byte_and_six_do_not():
+    assert [packed_trits(n) for n in (0, 1, 5, 6, 64, 80)] == [0, 1, 1, 2, 13, 16]
+    assert pack_trits(torch.full((5,), 2, dtype=torch.uint8)).tolist() == [242]

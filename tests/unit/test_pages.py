@@ -1,15 +1,22 @@
 """Every method has a page, and its tables are what the code does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import kvsight
-from kvsight.formats import Dense, Grouped, Joined, Row, Scaled, Sketch, Sparse
+from kvsight.formats import Dense, Grouped, Joined, Row, Scaled, Sketch, Sparse, Symmetric, Tiered
+from kvsight.methods.base import Budget
+from kvsight.retention import Retention
+from kvsight.testing import random_stats
 
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 NAMES = kvsight.methods()
+
+
+PAGE_OF = {name: kvsight.method_info(name).page or name for name in NAMES}
 
 
 def page(name):
@@ -17,32 +24,45 @@ def page(name):
 
 
 def test_pages_and_methods_are_the_same():
-    assert sorted(path.stem for path in PAGES.glob("*.md")) == sorted(NAMES)
+    assert sorted(path.stem for path in PAGES.glob("*.md")) == sorted(set(PAGE_OF.values()))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_says_what_is_stored_what_it_costs_and_when_it_loses(name):
-    lines = page(name).splitlines()
-    assert lines[0] == f"# {name}"
+    lines = page(PAGE_OF[name]).splitlines()
+    assert lines[0] == f"# {PAGE_OF[name]}"
     for heading in ("## What is stored", "## Bits", "## Options", "## When it loses"):
         assert heading in lines
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_lists_every_option_with_its_default(name):
-    section = page(name).split("## Options")[1].split("\n## ")[0]
+    section = page(PAGE_OF[name]).split("## Options")[1].split("\n## ")[0]
     listed = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
     given = {option.strip(" `"): default.strip(" `") for option, default in listed}
     assert given == {option: str(value) for option, value in kvsight.method_info(name).options.items()}
 
 
 def bits(form, dim=None, tokens=1024):
-    return f"{8 * form.nbytes(tokens) / (tokens * (form.dim if dim is None else dim)):g}"
+    return f"{8 * form.nbytes(tokens) / (tokens * (form.dim if dim is None else dim)):.8g}"
 
 
 def signed(dim, b):
     """b - 1 bits and a sign for each coordinate."""
     return Sketch(dim) if b == 1 else Joined((Row((b - 1,) * dim, norm=True), Sketch(dim)))
+
+
+def placed(name, side, dim, bits, rank):
+    """The format that a method chooses for so many bits per code."""
+    method = kvsight.method_info(name)
+    stats = random_stats(1, dim, tokens=64)
+    budget = Budget(bits + 3, 1024, Retention(0, 0), torch.bfloat16)
+    forms = []
+    while not forms or forms[-1].base.bits != bits:
+        (found,) = method.build(side, stats, budget, method.with_defaults({"rank": rank}))
+        forms.append(found.codec.format)
+        budget = replace(budget, bits=budget.cost(forms[-1]) - 1e-6)
+    return forms[-1]
 
 
 def rows_of_bits():
@@ -91,6 +111,27 @@ def rows_of_bits():
             for dim in (64, 128)
         ]
         yield "kvquant", [b, *cells]
+    for pair, keys, values, group in (
+        ("k4v2", 4, 2, 128),
+        ("k4v2", 4, 2, 64),
+        ("k4v2", 4, 2, 32),
+        ("k8v4", 8, 4, 128),
+    ):
+        each = [bits(Grouped(128, b, group, "channel")) for b in (keys, values)]
+        yield "qwc", [pair, group, *each, f"{sum(map(float, each)) / 2:g}"]
+    for b in (2, 3, 4):
+        both = [bits(kind(dim, b, dim, "channel")) for kind in (Grouped, Symmetric) for dim in (64, 128)]
+        yield "quarot", [b, *both]
+    for b, rank in ((2, 2), (2, 4), (4, 2)):
+        sides = [placed("gear", side, dim, b, rank) for side in ("k", "v") for dim in (64, 128)]
+        yield "gear", [b, rank, *map(bits, sides)]
+    for pair, share, total in (((4, 2), 0.25, 320), ((4, 2), 0.5, 384), ((2, 1), 0.5, 192)):
+        keys = [bits(Tiered(dim, 128, pair, total, "token")) for dim in (64, 128)]
+        values = [bits(Tiered(dim, 128, pair, total, "channel", True)) for dim in (64, 128)]
+        yield "zipcache", [f"{pair[0]}, {pair[1]}", share, 128, *keys, *values]
+    for b in (2, 3, 4):
+        means = [bits(Tiered(dim, 64, (b + 2, b, b - 1), 64 * b, "channel")) for dim in (64, 128)]
+        yield "a2", [b, *means]
     for size in (16, 24, 26, 32, 48, 64):
         narrow, wide = (Row((8,) * size + (0,) * (dim - size)) for dim in (64, 128))
         yield "sight", [size, bits(narrow), bits(wide)]

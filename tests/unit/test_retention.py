@@ -8,9 +8,10 @@ import torch
 from kvsight.cache import side as sides
 from kvsight.codec import Codec, Placement
 from kvsight.formats import Dense, Grouped
+from kvsight.plan import side_block, side_retention
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
-from kvsight.retention import Retention, Stored
+from kvsight.retention import Hold, Retention, Stored
 from kvsight.transforms import identity
 
 DIM = 2
@@ -77,3 +78,25 @@ def test_by_hand():
     assert Retention(4, 10).stored(3, 32) == Stored(3, 0, 0, 3)
     assert Retention(4, 10, sliding=50).stored(100, 32) == Stored(0, 32, 36, 49)
     assert Retention(4, 10, sliding=50).stored(100, 1) == Stored(0, 39, 10, 49)
+
+
+def test_a_method_asks_for_a_window_and_for_larger_steps():
+    """KIVI with R = 8: keys in steps of 8, values behind exactly the 8 newest, whatever the chunks."""
+    quantizer = GroupedQuantizer(Grouped(DIM, 3, 4, "token"))
+    keys = (Placement((0,), Codec("test", identity(DIM), quantizer), hold=Hold(commit=8)),)
+    per_token = GroupedQuantizer(Grouped(DIM, 3, 2, "channel"))
+    values = (Placement((0,), Codec("test", identity(DIM), per_token), hold=Hold(window=8)),)
+    like = torch.randn(1, 1, 24, DIM, generator=torch.Generator().manual_seed(0))
+    for placements, waiting in ((keys, lambda n: n % 8), (values, lambda n: min(n, 8))):
+        for chunking in CHUNKINGS:
+            state = sides.start(placements, Retention(0, 0), torch.bfloat16, like)
+            seen = 0
+            for n in chunking:
+                state = sides.append(state, like[:, :, seen : seen + n])
+                seen += n
+                assert state.tail.shape[2] == waiting(seen)
+                kept = side_retention(Retention(0, 0), placements).stored(seen, side_block(placements))
+                assert (kept.coded, kept.tail) == (state.coded[0].tokens, state.tail.shape[2])
+    # a plan's own window wins where it is larger
+    assert Retention(1, 9).holding(Hold(window=8)) == Retention(1, 9)
+    assert Retention(1, 3, 20).holding(Hold(window=8)) == Retention(1, 8, 20)

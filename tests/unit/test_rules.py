@@ -111,6 +111,23 @@ def test_weight_norms_fall_by_four_per_bit(name, field):
             assert damage.tolist() == pytest.approx([own[field] ** 2 * 4.0**-b for b in range(1, 9)])
 
 
+def test_group_sizes_are_inverse_to_the_root_of_the_weight():
+    """min Σ c g under Σ 1/g fixed has g ∝ 1/√c: the damage of a group is c g, and Σ bytes ∝ Σ 1/g."""
+    groups = np.array([128.0, 64.0, 32.0])
+    layers = 2 * [layer_of(0, (Norms(1.0, 1.0), Norms(4.0, 1.0)))]
+    sides = [side_of(0, side, np.full(3, 4.0), (1.0,), meta=32 / groups) for side in ("k", "v")]
+    ((keys,), (values,)) = RULES["weight-norm-group"](sides, layers)
+    assert keys.tolist() == pytest.approx((groups / 32).tolist())
+    assert values.tolist() == pytest.approx((groups / 8).tolist())
+    cost = np.array([1, 2, 4])
+    chosen = allocate([Unit(cost, keys), Unit(cost, values)], 6).choice
+    # a norm of four makes groups of half the size
+    assert groups[list(chosen)].tolist() == [64.0, 32.0]
+    bare = [side_of(0, "k", INTEGERS, (1.0,))]
+    with pytest.raises(KVSightError, match="chooses group sizes, and this method stores no scales"):
+        RULES["weight-norm-group"](bare, layers[:1])
+
+
 def test_weight_norm_needs_projections_that_are_known():
     layers = [layer_of(0, (Norms(1.0, 1.0), Norms(1.0, 1.0))), layer_of(5)]
     sides = [side_of(0, "k", INTEGERS, (1.0, 1.0)), side_of(5, "k", INTEGERS, (1.0, 1.0))]

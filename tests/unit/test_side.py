@@ -16,10 +16,11 @@ from kvsight.cache import side as sides
 from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
 from kvsight.formats import Dense, Grouped, Packed, concat
+from kvsight.plan import side_retention
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
-from kvsight.retention import Retention
+from kvsight.retention import Hold, Retention
 from kvsight.rope import pairs
 from kvsight.transforms import centre, haar, identity
 
@@ -33,12 +34,15 @@ def codec(quantizer, transform=None):
 
 ROTATED = centre(torch.full((1, DIM), 0.5)).then(haar(DIM, seed=1).stored())
 BLOCKS = codec(GroupedQuantizer(Grouped(DIM, 3, 4, "token")))
+PAIRS = codec(GroupedQuantizer(Grouped(DIM, 3, 2, "token")))
 ROWS = codec(row_quantizer((4, 3, 1, 0), gaussian), ROTATED)
 ROPE = pairs(torch.tensor([1.0, 0.1]), DIM)
 PLANS = {
     "dense": (Placement((0, 1), codec(DenseQuantizer(Dense(DIM, DENSE)))),),
     "rows": (Placement((0, 1), ROWS),),
     "groups": (Placement((0, 1), BLOCKS),),
+    # blocks of two wait until there are two of them, and the last token stays exact
+    "held": (Placement((0, 1), PAIRS, hold=Hold(window=1, commit=4)),),
     # heads out of order, one format each, of which one takes blocks
     "mixed": (Placement((1,), BLOCKS), Placement((0,), ROWS)),
     "turning": (Placement((1,), replace(BLOCKS, rope=ROPE)), Placement((0,), replace(ROWS, rope=ROPE))),
@@ -60,7 +64,7 @@ class Oracle:
 
     def __init__(self, placements, retention):
         self.placements, self.retention = placements, retention
-        self.block = max(p.codec.format.block for p in placements)
+        self.block = max(p.block for p in placements)
         self.sinks, self.blocks, self.pending, self.hidden, self.freed = [], [], [], 0, 0
 
     def append(self, x):
@@ -147,7 +151,7 @@ class SideMachine(RuleBasedStateMachine):
         like = torch.zeros(batch, 2, 1, DIM)
         self.batch = batch
         self.retention = retention
-        self.oracle = Oracle(self.placements, retention)
+        self.oracle = Oracle(self.placements, side_retention(retention, self.placements))
         self.state = sides.start(self.placements, retention, DENSE, like)
 
     @rule(tokens=st.integers(0, 9), recording=st.booleans())
@@ -251,6 +255,7 @@ TestDense = machine("dense")
 TestRows = machine("rows")
 TestGroups = machine("groups")
 TestMixed = machine("mixed")
+TestHeld = machine("held")
 TestTurning = machine("turning", examples=8)
 
 

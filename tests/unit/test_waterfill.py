@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsight.errors import KVSightError
+from kvsight.formats import Tiered
 from kvsight.quantizers.lloyd_max import gaussian
-from kvsight.waterfill import falling_gains, reverse_water_fill, row_widths, share_bytes
+from kvsight.waterfill import falling_gains, reverse_water_fill, row_widths, share_bytes, tiers
 
 DISTORTION = [1.0, *(gaussian(bits).distortion for bits in range(1, 9))]
 variances = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4).map(lambda v: sorted(v, reverse=True))
@@ -170,3 +171,43 @@ def test_shares_are_whole_units():
     assert share_bytes(heads, 27, DISTORTION, 2) == [16, 10]
     with pytest.raises(KVSightError, match="cannot share 3 bytes among 2 heads of 2 to 32 bytes"):
         share_bytes(heads, 3, DISTORTION, 2)
+
+
+log_weights = st.lists(st.floats(-8, 8), min_size=6, max_size=6)
+
+
+@given(log_weights, st.sampled_from([((4, 2), 16), ((4, 3, 2), 18), ((5, 3, 2), 18), ((3, 2, 1), 13)]))
+def test_no_other_tiers_of_this_mean_do_better(logs, case):
+    widths, total = case
+    form = Tiered(1, 6, widths, total, "token")
+    chosen = tiers(torch.tensor([logs], dtype=torch.float64), widths, form.counts)[0].tolist()
+    mine = [widths[i] for i in chosen]
+    assert sum(mine) == total
+    weights = torch.tensor(logs, dtype=torch.float64).exp().tolist()
+    others = [w for w in itertools.product(widths, repeat=6) if sum(w) == total]
+    best = min(sum(v * (2.0**b - 1) ** -2 for v, b in zip(weights, w, strict=True)) for w in others)
+    assert sum(v * (2.0**b - 1) ** -2 for v, b in zip(weights, mine, strict=True)) == pytest.approx(best)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(6, 4, 3), (4, 2, 1), (8, 6, 5)]), st.integers(-8, 8))
+def test_every_block_meets_its_mean_exactly(seed, widths, spare):
+    form = Tiered(1, 64, widths, widths[1] * 64 + spare, "token")
+    logs = 4 * torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = torch.tensor(widths)[tiers(logs, widths, form.counts)]
+    assert (found.sum(-1) == form.total).all()
+    # heavier tokens never get less
+    ordered = found.gather(-1, logs.argsort(dim=-1, descending=True))
+    assert (ordered.diff(dim=-1) <= 0).all()
+
+
+def test_tiers_follow_half_the_log_of_the_weight():
+    """b + ½ (log2 w - mean): a weight of 4^2 buys two bits more, one of 4^-1 one bit less."""
+    logs = torch.log(torch.tensor([[16.0, 1.0, 1.0, 0.25, 0.25, 1.0]], dtype=torch.float64))
+    form = Tiered(1, 6, (5, 3, 2), 18, "token")
+    assert tiers(logs, form.widths, form.counts).tolist() == [[0, 1, 1, 2, 2, 1]]
+
+
+def test_equal_weights_need_no_tiers():
+    form = Tiered(1, 8, (5, 3, 2), 24, "token")
+    assert tiers(torch.zeros(1, 8), form.widths, form.counts).tolist() == [[1] * 8]
+    assert tiers(torch.zeros(1, 8), (4, 2), ((3, 5),)).tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]

@@ -15,7 +15,7 @@ from kvsight.codec import Codec, Placement, check_finite
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, concat, empty, room
 from kvsight.ops.attend.ref import Coded, Segment, merge_heads
-from kvsight.plan import side_block
+from kvsight.plan import side_block, side_retention
 from kvsight.retention import Retention
 
 _ENCODE = 1 << 17
@@ -80,7 +80,8 @@ def start(
         placements = tuple(p.to(like.device) for p in placements)
     none = torch.empty(like.shape[0], heads, 0, dim, dtype=dense_dtype, device=like.device)
     coded = tuple(empty(p.codec.format, (like.shape[0], len(p.heads)), like.device) for p in placements)
-    return SideState(placements, retention, dense_dtype, none, coded, none)
+    kept = side_retention(retention, placements)
+    return SideState(placements, kept, dense_dtype, none, coded, none)
 
 
 def append(state: SideState, x: Tensor) -> SideState:

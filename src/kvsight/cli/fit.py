@@ -55,7 +55,7 @@ def fit_command(
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="measured, uniform, weight-norm, weight-norm-spectral, ratequant or rdkv.",
+            help="measured, uniform, ratequant, rdkv, weight-norm, weight-norm-spectral or -group.",
             show_default="measured for sight, else uniform",
         ),
     ] = None,
@@ -68,7 +68,7 @@ def fit_command(
     ] = "free",
     format_: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Allow this format (row, grouped, dense). Repeatable."),
+        typer.Option("--format", help="Allow this format (row, grouped, dense, ...). Repeatable."),
     ] = None,
     protect: Annotated[list[int] | None, typer.Option(help="Keep this layer exact. Repeatable.")] = None,
     sinks: Annotated[

@@ -1,6 +1,6 @@
 """What a method is: a recipe from statistics and a budget to codecs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
 from kvsight.formats import Format
 from kvsight.quantizers.base import Quantizer
-from kvsight.retention import Retention
+from kvsight.retention import NOTHING, Hold, Retention
 from kvsight.stats import SideStats
 from kvsight.transforms import Transform
 
@@ -24,7 +24,8 @@ F = TypeVar("F", bound=Format)
 class Budget:
     """At most ``bits`` stored bits per visible element after ``seen`` tokens, exact tokens included.
 
-    ``asked`` is the user's own number, for messages: a layer's share may differ by a byte.
+    ``asked`` is the user's own number, for messages: a layer's share may differ by a byte. ``total`` is
+    what keys and values may store on average, where one method got one budget for both.
     """
 
     bits: float
@@ -32,16 +33,20 @@ class Budget:
     retention: Retention
     dense_dtype: torch.dtype
     asked: float | None = None
+    total: float | None = None
 
     @property
     def named(self) -> str:
         """The budget as its user knows it."""
         return f"{self.bits if self.asked is None else self.asked:.4g} bits"
 
-    def cost(self, form: Format, dim: int | None = None) -> float:
-        """Stored bits per element of one head in this format; ``dim``: head_dim, else the format's."""
+    def cost(self, form: Format, dim: int | None = None, hold: Hold = NOTHING) -> float:
+        """Stored bits per element of one head in this format, with what its method keeps exact.
+
+        ``dim`` is head_dim, by default the format's.
+        """
         dim = form.dim if dim is None else dim
-        kept = self.retention.stored(self.seen, form.block)
+        kept = self.retention.holding(hold).stored(self.seen, max(form.block, hold.commit))
         dense = kept.dense * dim * self.dense_dtype.itemsize
         return 8 * (form.nbytes(kept.coded) + dense) / (kept.visible * dim)
 
@@ -53,9 +58,9 @@ class Budget:
         dense = kept.dense * 8 * self.dense_dtype.itemsize
         return (self.bits * kept.visible - dense) / kept.coded
 
-    def best(self, candidates: Sequence[F], method: str, dim: int | None = None) -> F:
+    def best(self, candidates: Sequence[F], method: str, dim: int | None = None, hold: Hold = NOTHING) -> F:
         """The dearest affordable candidate (the first of equals); raises when none is."""
-        costs = {form: self.cost(form, dim) for form in candidates}
+        costs = {form: self.cost(form, dim, hold) for form in candidates}
         affordable = [form for form in candidates if costs[form] <= self.bits + 1e-9]
         if affordable:
             return max(affordable, key=costs.__getitem__)
@@ -106,7 +111,9 @@ class Method:
 
     A method with ``rows`` takes any row size, so a fractional budget is spread over layers and heads;
     the others round down to their next configuration. ``allocate`` is how ``fit`` spends the budget
-    unless told otherwise. One with ``fisher`` weighs by gradients, which ``fit`` then reads.
+    unless told otherwise. A ``fixed`` one says its bits itself and needs no budget.
+    ``gradients`` are read in calibration for those that use them in any case. ``page`` is its page in
+    docs/methods where that has another name.
     """
 
     name: str
@@ -116,7 +123,9 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     rows: Rows | None = None
     allocate: str = "uniform"
-    fisher: bool = False
+    fixed: bool = False
+    gradients: bool = False
+    page: str = ""
 
     def with_defaults(self, options: Mapping[str, object]) -> dict[str, Option]:
         """All options, given ones first; unknown names and misfitting values raise."""
@@ -127,6 +136,14 @@ class Method:
                 raise KVSightError(f"{self.name} has no option {name!r}; its options: {known}.")
             merged[name] = _like(self.name, name, self.options[name], value)
         return merged
+
+
+@dataclass(frozen=True)
+class Family:
+    """Methods whose names spell their settings: ``named`` makes one of any such name, or None."""
+
+    usual: tuple[Method, ...]
+    named: Callable[[str], Method | None]
 
 
 def _like(method: str, name: str, default: Option, value: object) -> Option:
@@ -145,7 +162,7 @@ def _like(method: str, name: str, default: Option, value: object) -> Option:
 
 
 def all_heads(
-    name: str, stats: SideStats, transform: Transform, quantizer: Quantizer
+    name: str, stats: SideStats, transform: Transform, quantizer: Quantizer, hold: Hold = NOTHING
 ) -> tuple[Placement, ...]:
     """One placement for every head of the layer."""
-    return (Placement(tuple(range(stats.heads)), Codec(name, transform, quantizer)),)
+    return (Placement(tuple(range(stats.heads)), Codec(name, transform, quantizer), hold=hold),)

@@ -53,7 +53,7 @@ def build(
         placed = _base(side, stats, left, budget, str(options["base"]))
         if side == "k":
             placed = tuple(_with_side_code(p, stats, code, options) for p in placed)
-        spent = [budget.cost(p.codec.format, stats.dim) for p in placed for _ in p.heads]
+        spent = [budget.cost(p.codec.format, stats.dim, p.hold) for p in placed for _ in p.heads]
         if sum(spent) / len(spent) <= budget.bits + 1e-9:
             return placed
         # a block of tokens or a sliding window may store more than its rate
@@ -112,7 +112,7 @@ def _with_side_code(
     sign = -1 if options["control"] == "wrong-sign" else 1
     side = linear(axes / spread.unsqueeze(1), sign * spread.unsqueeze(-1) * axes.mT, kept=True)
     sum_ = joined("headq", still, Codec("headq", side, code.quantizer))
-    return Placement(placement.heads, replace(sum_, rope=base.rope))
+    return replace(placement, codec=replace(sum_, rope=base.rope))
 
 
 def basis(stats: SideStats, rank: int, centred: bool = False, random: bool = False) -> Tensor:
@@ -124,10 +124,11 @@ def basis(stats: SideStats, rank: int, centred: bool = False, random: bool = Fal
         return drawn
     metric = shrunk(stats.metric, stats, 0.0)
     if centred:
-        if stats.metric is not None and stats.read_mean is None:
+        if stats.metric is not None and stats.query is None:
             raise KVSightError("headq option 'centred' needs the mean query, which was not observed.")
-        mean = torch.zeros(stats.heads, stats.dim) if stats.read_mean is None else stats.read_mean
-        metric = metric - mean.double().unsqueeze(-1) * mean.double().unsqueeze(-2)
+        if stats.query is not None:
+            mean = stats.query.mean.double()
+            metric = metric - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     axes: Tensor = torch.linalg.eigh(metric).eigenvectors
     return axes[..., -rank:].flip(-1)
 

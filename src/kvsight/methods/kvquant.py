@@ -110,5 +110,5 @@ METHOD = Method(
     "KVQuant, arXiv 2401.18079",
     build,
     {"outliers": 0.01, "qnorm": False, "rope": "before"},
-    fisher=True,
+    gradients=True,
 )

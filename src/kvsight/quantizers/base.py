@@ -1,6 +1,6 @@
 """What a quantizer is: reals in transform coordinates to codes in one format, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, Self
 
 import torch
@@ -17,7 +17,12 @@ class Quantizer(Protocol):
     def format(self) -> Format: ...
 
     @property
-    def tables(self) -> tuple[Tensor, ...]: ...
+    def tables(self) -> tuple[Tensor, ...]:
+        """Static tensors that reading needs, in the order of ``format.table_names``."""
+
+    @property
+    def guides(self) -> Mapping[str, Tensor]:
+        """Static tensors that only encoding needs, as a plan file calls them."""
 
     @property
     def rounding(self) -> Rounding | None:

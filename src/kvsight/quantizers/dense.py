@@ -1,6 +1,6 @@
 """Plain numbers: the identity quantizer, and the exact tokens of windows and sinks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,6 +19,11 @@ class DenseQuantizer:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return ()
+
+    @property
+    def guides(self) -> Mapping[str, Tensor]:
+        """None: encoding reads nothing but ``tables``."""
+        return {}
 
     @property
     def rounding(self) -> None:

@@ -1,6 +1,6 @@
 """Sums of codes: every part codes what the parts before it left."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -39,6 +39,10 @@ class JoinedQuantizer:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return tuple(table for part in self.parts for table in part.tables)
+
+    @property
+    def guides(self) -> Mapping[str, Tensor]:
+        return {f"{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.guides.items()}
 
     @property
     def rounding(self) -> None:

@@ -4,7 +4,7 @@ Sources: Max 1960, Lloyd 1982; TurboQuant (arXiv 2504.19874), Alg. 1, for the sp
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Self
@@ -127,6 +127,11 @@ class RowQuantizer:
     def codes(self, y: Tensor) -> Tensor:
         """uint8 codes [..., H, n, stored] of coordinates [..., H, n, d], without packing (or norm)."""
         return nearest(y[..., : self.format.stored].float(), self.rounding.edges)
+
+    @property
+    def guides(self) -> Mapping[str, Tensor]:
+        """None: encoding reads nothing but ``tables``."""
+        return {}
 
     @cached_property
     def rounding(self) -> Rounding:

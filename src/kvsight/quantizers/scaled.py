@@ -4,7 +4,7 @@ Source: KVQuant, arXiv 2401.18079, §3.3: signposts in [-1, 1] that least square
 weighted by how much the loss depends on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -95,6 +95,11 @@ class ScaledQuantizer:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return (self.levels,)
+
+    @property
+    def guides(self) -> Mapping[str, Tensor]:
+        """None: encoding reads nothing but ``tables``."""
+        return {}
 
     @property
     def rounding(self) -> None:

@@ -1,6 +1,6 @@
 """Signs of a sketch and the norm of what was sketched (QJL, arXiv 2406.03482, Def. 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -37,6 +37,11 @@ class SketchQuantizer:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return ()
+
+    @property
+    def guides(self) -> Mapping[str, Tensor]:
+        """None: encoding reads nothing but ``tables``."""
+        return {}
 
     @property
     def rounding(self) -> None:

@@ -1,6 +1,6 @@
 """The few largest coordinates of a token, exact to fp16, and where they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,6 +21,11 @@ class SparseQuantizer:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return ()
+
+    @property
+    def guides(self) -> Mapping[str, Tensor]:
+        """None: encoding reads nothing but ``tables``."""
+        return {}
 
     @property
     def rounding(self) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,14 +12,15 @@ from torch import Tensor
 from kvsight.codec import Codec
 from kvsight.errors import KVSightError
 from kvsight.formats import (
+    Affine,
     Dense,
-    Format,
-    Grouped,
     Joined,
     Packed,
+    Patched,
     Row,
     Scaled,
     Sketch,
+    Tiered,
     concat,
     format_from_spec,
 )
@@ -185,8 +187,12 @@ def _nearest(case: _Case) -> None:
             wanted = codec.coordinates(case.x).to(form.dtype).double()
             hold("nearest", torch.equal(decoded, wanted), "numbers are not the rounded input")
             return
-        case Grouped():
-            best, step = _best_affine(form, case.packed, y)
+        case Affine():
+            best, step = _best_affine(form, case.packed.tensors, y)
+        case Tiered():
+            best, step = _best_of_tier(form, case.packed.tensors, y)
+        case Patched():
+            best, step = _best_patched(form, case.packed.tensors, y)
         case Row():
             best, step = _best_level(form, codec.quantizer.tables, case.packed, y)
         case Scaled():
@@ -198,15 +204,37 @@ def _nearest(case: _Case) -> None:
     hold("nearest", bool((excess <= slack).all()), "an error is larger than that of the best code")
 
 
-def _best_affine(form: Grouped, packed: Packed, y: Tensor) -> tuple[Tensor, Tensor]:
+def _best_affine(form: Affine, tensors: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
     def at(code: int) -> Tensor:
         codes = torch.full(y.shape, code, dtype=torch.uint8)
-        rows = pack_row(codes, _widths(form))
-        return form.read((rows, *packed.tensors[1:]), ()).double()
+        return form.read((form.pack(codes), *tensors[1:]), ()).double()
 
     zero, step = at(0), at(1) - at(0)
+    return _on_lattice(y, zero, step, form.levels - 1), step
+
+
+def _best_of_tier(form: Tiered, tensors: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
+    tags = form.tags(tensors)
+    step, zero = (
+        t.double().expand(*tags.shape, form.dim).flatten(-3, -2) for t in form.lattice(tensors, tags)
+    )
+    top = 2 ** torch.tensor(form.widths)[tags].flatten(-2).unsqueeze(-1) - 1
+    return _on_lattice(y, zero, step, top), step
+
+
+def _best_patched(form: Patched, tensors: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
+    """The base at its best, plus the repairs as stored; outliers are the input in fp16."""
+    best, step = _best_affine(form.base, tensors[:3], y)
+    marks = form.restore(torch.full_like(y, torch.nan), tensors)
+    best = torch.where(marks.isnan(), best + form.low_rank(tensors), y.half().double())
+    return best, torch.where(marks.isnan(), step, 0.0)
+
+
+def _on_lattice(y: Tensor, zero: Tensor, step: Tensor, top: int | Tensor) -> Tensor:
+    """The nearest of zero, zero + step, ..., zero + top · step."""
     safe = torch.where(step > 0, step, 1.0)
-    return zero + step * ((y - zero) / safe).round().clamp(0, 2**form.bits - 1), step
+    codes = ((y - zero) / safe).round().clamp_min(0)
+    return zero + step * torch.minimum(codes, torch.as_tensor(top).to(codes))
 
 
 def _best_level(form: Row, tables: tuple[Tensor, ...], packed: Packed, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,26 +298,34 @@ def _degenerate(case: _Case) -> None:
         finite = all(bool(torch.isfinite(t).all()) for t in (*real, case.codec.decode(packed)))
         hold("degenerate", finite, f"{name}: NaN or inf")
         hold("degenerate", packed.nbytes == case.packed.nbytes, f"{name}: other size")
-        widths = _widths(packed.format)
-        if widths:
-            rows = packed.tensors[0]
-            clean = torch.equal(pack_row(unpack_row(rows, widths), widths), rows)
-            hold("degenerate", clean, f"{name}: padding bits are set")
+        hold("degenerate", _clean(packed), f"{name}: padding bits are set")
 
 
-def _widths(form: Format) -> tuple[int, ...]:
+def _clean(packed: Packed) -> bool:
+    """Whether codes that are read and packed again are the same bytes."""
+    form, rows = packed.format, packed.tensors[0]
     match form:
         case Row():
-            return form.widths
-        case Grouped():
-            return (form.bits,) * form.dim
+            return _repacked(rows, form.widths)
         case Scaled():
-            return (form.bits,) * form.dim
+            return _repacked(rows, (form.bits,) * form.dim)
         case Sketch():
-            return (1,) * form.dim
+            return _repacked(rows, (1,) * form.dim)
+        case Affine():
+            return torch.equal(form.pack(form.unpack(rows)), rows)
+        case Patched():
+            return torch.equal(form.base.pack(form.base.unpack(rows)), rows)
+        case Tiered():
+            return all(map(torch.equal, form.pack(*form.unpack(packed.tensors)), packed.tensors[:2]))
         case Joined():
-            return _widths(form.parts[0])
-    return ()
+            stored = iter(packed.tensors)
+            parts = [Packed(part, tuple(islice(stored, len(part.fields)))) for part in form.parts]
+            return all(map(_clean, parts))
+    return True
+
+
+def _repacked(rows: Tensor, widths: tuple[int, ...]) -> bool:
+    return torch.equal(pack_row(unpack_row(rows, widths), widths), rows)
 
 
 def _refusals(case: _Case) -> None:

@@ -13,7 +13,7 @@ from kvsight.errors import KVSightError
 from kvsight.formats import Dense
 from kvsight.methods.base import Budget, Method, Side
 from kvsight.retention import Retention
-from kvsight.stats import Moments, SideStats
+from kvsight.stats import Moments, SideStats, expected_mass
 from kvsight.testing.codecs import check_codec, check_compresses
 from kvsight.testing.laws import generator, hold, refused
 
@@ -31,7 +31,10 @@ def random_stats(heads: int, dim: int, *, tokens: int = 1024, seed: int = 0) -> 
     mean = torch.randn(heads, 1, dim, generator=draw)
     x = (torch.randn(heads, tokens, dim, generator=draw) * falling) @ mix + mean
     metric = (read.mT * falling) @ read
-    return SideStats(Moments.zero(heads, dim).add(x), metric.double(), x[:, : min(tokens, 256)])
+    sample = x[:, : min(tokens, 256)]
+    query = Moments.zero(heads, dim).add(torch.randn(heads, tokens, dim, generator=draw) @ read + mean)
+    mass = expected_mass(sample, query)
+    return SideStats(Moments.zero(heads, dim).add(x), metric.double(), sample, query=query, mass=mass)
 
 
 def check_method(
@@ -80,7 +83,7 @@ def _build(method: Method, side: Side, stats: SideStats, bits: float) -> tuple[P
     """Placements as a plan file gives them back."""
     budget = Budget(bits, 1024, Retention(0, 0), torch.bfloat16)
     placed = method.build(side, stats, budget, method.with_defaults({}))
-    return tuple(Placement(p.heads, replace(p.codec, transform=p.codec.transform.stored())) for p in placed)
+    return tuple(replace(p, codec=replace(p.codec, transform=p.codec.transform.stored())) for p in placed)
 
 
 def _placement_laws(
@@ -94,7 +97,7 @@ def _placement_laws(
         codec, count = placement.codec, len(placement.heads)
         hold("heads", codec.heads in (None, count), f"a codec of {codec.heads} heads serves {count}")
         hold("name", codec.name == method.name, f"{method.name} makes codecs named {codec.name}")
-        spent += count * budget.cost(codec.format, codec.dim) / stats.heads
+        spent += count * budget.cost(codec.format, codec.dim, placement.hold) / stats.heads
     hold("budget", spent <= bits + 1e-9, f"{method.name} stores {spent} bits of {bits}")
     least = min(bits, 8.0) - 8 / (stats.heads * stats.dim)
     full = method.rows is None or spent >= least - 1e-9

@@ -4,21 +4,21 @@ A graph cannot hold our classes. Eager calls skip it, and with it the dispatcher
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Format, Grouped, Joined, Packed, Row, Scaled, Sketch, Sparse
+from kvsight.formats import Format, Packed, format_from_spec
 from kvsight.ops.attend import dispatch
 from kvsight.ops.attend.ref import Coded, Folded, Segment
-from kvsight.packing import MAX_WIDTH
 from kvsight.rope import Rope
 
 _T = TypeVar("_T")
-_ALONG: tuple[Literal["channel", "token"], ...] = ("channel", "token")
-_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# what comes next in a spelled specification
+_FALSE, _TRUE, _NUMBER, _TEXT, _LIST, _MAPPING = range(6)
 
 
 @torch.library.custom_op("kvsight::attend", mutates_args=())
@@ -115,44 +115,60 @@ def _take(items: Iterator[_T], count: int) -> list[_T]:
 
 
 def _numbers(form: Format) -> list[int]:
-    """A format as a few numbers; widths fall, so that their counts say all."""
-    match form:
-        case Row():
-            return [0, int(form.norm), *(form.widths.count(width) for width in range(MAX_WIDTH, -1, -1))]
-        case Grouped():
-            return [1, form.dim, form.bits, form.group, _ALONG.index(form.along)]
-        case Dense():
-            return [2, form.dim, _TYPES.index(form.dtype)]
-        case Sketch():
-            return [3, form.dim]
-        case Scaled():
-            return [5, form.dim, form.bits, form.trimmed]
-        case Sparse():
-            return [6, form.dim, form.count]
-        case Joined():
-            return [4, len(form.parts), *(number for part in form.parts for number in _numbers(part))]
-    raise KVSightError(f"compiled graphs cannot hold {form.name}; do not compile this model.")
+    """A format as numbers: how many follow, and its specification, spelled."""
+    spelled = _spell(form.spec())
+    return [len(spelled), *spelled]
+
+
+def _spell(item: object) -> list[int]:
+    match item:
+        case bool():
+            return [_TRUE if item else _FALSE]
+        case int():
+            return [_NUMBER, item]
+        case str():
+            return [_TEXT, len(item), *(ord(letter) for letter in item)]
+        case list():
+            # widths fall, so that runs of equal ones are few
+            runs: list[tuple[object, int]] = []
+            for each in item:
+                count = runs.pop()[1] if runs and runs[-1][0] == each else 0
+                runs.append((each, count + 1))
+            return [_LIST, len(runs), *(n for each, count in runs for n in (count, *_spell(each)))]
+        case dict():
+            return [
+                _MAPPING,
+                len(item),
+                *(n for pair in item.items() for part in pair for n in _spell(part)),
+            ]
+    raise KVSightError(f"compiled graphs cannot hold {item!r} of a format; do not compile this model.")
 
 
 def _format(numbers: Iterator[int]) -> Format:
-    match next(numbers):
-        case 0:
-            norm = bool(next(numbers))
-            counts = zip(range(MAX_WIDTH, -1, -1), _take(numbers, MAX_WIDTH + 1), strict=True)
-            return Row(tuple(width for width, count in counts for _ in range(count)), norm)
-        case 1:
-            dim, bits, group, along = _take(numbers, 4)
-            return Grouped(dim, bits, group, _ALONG[along])
-        case 2:
-            dim, dtype = _take(numbers, 2)
-            return Dense(dim, _TYPES[dtype])
-        case 3:
-            return Sketch(next(numbers))
-        case 5:
-            dim, bits, trimmed = _take(numbers, 3)
-            return Scaled(dim, bits, trimmed)
-        case 6:
-            dim, count = _take(numbers, 2)
-            return Sparse(dim, count)
-        case _:
-            return Joined(tuple(_format(numbers) for _ in range(next(numbers))))
+    """Inverse of ``_numbers``."""
+    return _spelled(tuple(_take(numbers, next(numbers))))
+
+
+@cache
+def _spelled(numbers: tuple[int, ...]) -> Format:
+    spec = _read(iter(numbers))
+    assert isinstance(spec, dict)
+    return format_from_spec(spec)
+
+
+def _read(numbers: Iterator[int]) -> object:
+    """Inverse of ``_spell``."""
+    kind = next(numbers)
+    if kind in (_FALSE, _TRUE):
+        return kind == _TRUE
+    if kind == _NUMBER:
+        return next(numbers)
+    if kind == _TEXT:
+        return "".join(map(chr, _take(numbers, next(numbers))))
+    if kind == _LIST:
+        out: list[object] = []
+        for _ in range(next(numbers)):
+            count = next(numbers)
+            out += [_read(numbers)] * count
+        return out
+    return {_read(numbers): _read(numbers) for _ in range(next(numbers))}
