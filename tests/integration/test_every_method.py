@@ -9,8 +9,10 @@ from kvsight.planfile import plan_hash
 from representatives import REPRESENTATIVES, dealt, shapes
 
 METHODS = kvsight.methods()
-# windows of 8 tokens have no room for blocks; the representatives meet them
-FULL = [name for name, kind in KINDS.items() if kind.interface and kind.sliding is None]
+# windows of 8 tokens have no room for blocks, and linear layers do not roll back
+FULL = [
+    name for name, kind in KINDS.items() if kind.interface and kind.sliding is None and not kind.stateful
+]
 BITS = {"identity": None, "k8v4": 9.0}
 
 

@@ -26,16 +26,19 @@ def fitted(plan, name, method, **settings):
 
 
 def pairs(names, count):
-    """(name, method): for every name ``count`` methods in turn, blocks only where windows have room."""
+    """(name, method): for every name the ``count`` least met methods, blocks only where windows have room."""
+    met = dict.fromkeys(METHODS, 0)
     found = []
-    for i, name in enumerate(names):
+    for name in names:
         able = [method for method in METHODS if not KINDS[name].sliding or not in_blocks(method)]
-        found += [(name, able[(count * i + j) % len(able)]) for j in range(count)]
+        for method in sorted(able, key=met.__getitem__)[:count]:
+            met[method] += 1
+            found.append((name, method))
     return found
 
 
 def test_pairs_meet_every_method_often():
-    for count, names, often in ((4, PATHS, 1), (2, KINDS, 2)):
+    for count, names, often in ((3, PATHS, 1), (2, KINDS, 2)):
         met = [method for _, method in pairs(names, count)]
         assert all(met.count(method) >= often for method in METHODS)
 
@@ -54,7 +57,7 @@ def codes(plan):
                 yield placement.heads, form, packed.tensors, placement.codec.decode(packed)
 
 
-@pytest.mark.parametrize(("name", "method"), pairs(PATHS, 4))
+@pytest.mark.parametrize(("name", "method"), pairs(PATHS, 3))
 def test_a_plan_comes_back_as_it_was(name, method, plan, tmp_path):
     made = fitted(plan, name, method)
     made.save(tmp_path / "plan")
