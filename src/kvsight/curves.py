@@ -32,7 +32,7 @@ class Curve:
         code_bits: the part that is codes, [n].
         damage: predicted final KL in nats per token, [n].
         error: squared error per element over the variance per element, [n].
-        formats: kinds of format ("row", "grouped", "dense"), one per configuration.
+        formats: kinds of format (``formats.KINDS``), one per configuration.
     """
 
     layer: int

@@ -21,6 +21,7 @@ from kvsight.formats import (
     Dense,
     Format,
     Grouped,
+    Indexed,
     Row,
     dtype_from_name,
     dtype_name,
@@ -30,6 +31,7 @@ from kvsight.plan import SIDES, LayerPlan, Plan, digest
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.transforms import Transform, linear
 
 VERSION = 1
@@ -156,7 +158,7 @@ def _tensors(plan: Plan) -> dict[str, Tensor]:
                 transform = placement.codec.transform
                 tables = placement.codec.quantizer.tables
                 named = {"shift": transform.shift, "matrix": transform.matrix}
-                named |= dict(zip(("levels", "starts"), tables, strict=False))
+                named |= dict(zip(_table_names(placement.codec.format), tables, strict=False))
                 if placement.assumed is not None:
                     named |= {"mean": placement.assumed.mean, "variance": placement.assumed.variance}
                 prefix = f"{layer.index}.{side}.{i}"
@@ -164,6 +166,11 @@ def _tensors(plan: Plan) -> dict[str, Tensor]:
                 # copies of their own: a file takes no views and no two names for one tensor
                 out |= {n: t.clone(memory_format=torch.contiguous_format) for n, t in kept.items()}
     return out
+
+
+def _table_names(form: Format) -> tuple[str, ...]:
+    """Names of the static tensors that a quantizer of this format has."""
+    return ("centroids", "metric") if isinstance(form, Indexed) else ("levels", "starts")
 
 
 def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
@@ -213,6 +220,8 @@ def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor]) -> Quan
             return RowQuantizer(form, tensors[f"{prefix}.levels"], tensors[f"{prefix}.starts"])
         case Grouped():
             return GroupedQuantizer(form)
+        case Indexed():
+            return VectorQuantizer(form, tensors[f"{prefix}.centroids"], tensors.get(f"{prefix}.metric"))
         case Dense():
             return DenseQuantizer(form)
     raise KVSightError(f"no quantizer reads {form.name}; upgrade kvsight.")

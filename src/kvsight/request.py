@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvsight.errors import KVSightError
+from kvsight.formats import KINDS
 from kvsight.methods import get
 from kvsight.plan import SIDES, Side
 from kvsight.rules import RULES
@@ -22,7 +23,7 @@ class Constraints:
         min_head_bits: stored bits per coded element that every head gets at least.
         rows: "free"; "heads" for rows of one size in all heads of a layer's side; "layers" for the same
             bytes per token in every layer, keys and values together, as paged engines want.
-        formats: allowed kinds of format ("row", "grouped", "dense"); None allows all.
+        formats: allowed kinds of format (``formats.KINDS``); None allows all.
         protected: cache layers that stay exact, in 16 bits, within the budget.
     """
 
@@ -112,7 +113,7 @@ def _check_constraints(request: Request) -> None:
     limits = request.constraints
     one_of("rows", limits.rows, EQUAL_ROWS)
     for name in limits.formats or ():
-        one_of("formats", name, ("row", "grouped", "dense"))
+        one_of("formats", name, KINDS)
     if not 0 <= limits.min_head_bits <= MAX_BITS:
         raise KVSightError(
             f"min_head_bits must be from 0 to {MAX_BITS:g} stored bits; got {limits.min_head_bits:g}."

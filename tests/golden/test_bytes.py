@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvsight.formats import Dense, Format, Grouped, Packed, Row
+from kvsight.formats import Dense, Format, Grouped, Indexed, Packed, Row
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.quantizers.vector import VectorQuantizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 
@@ -21,7 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 class Golden:
     """``block`` [tokens, dim] is stored as ``stored`` (hex per field) and reads back as ``read``."""
 
-    quantizer: RowQuantizer | GroupedQuantizer | DenseQuantizer
+    quantizer: RowQuantizer | GroupedQuantizer | VectorQuantizer | DenseQuantizer
     block: list[list[float]]
     stored: dict[str, str]
     read: list[list[float]] | None = None
@@ -36,6 +37,12 @@ def rows(widths, levels, starts, norm=False):
 
 
 CODES_AS_LEVELS = [float(i) for i in range(256)]
+
+
+def counting(bits, span):
+    """Centroids of equal coordinates: index i stands for (i, i, ...)."""
+    return torch.arange(2.0**bits).view(1, 1, 1, -1, 1).expand(1, 1, 1, -1, span).contiguous()
+
 
 GOLDEN = {
     "row": Golden(
@@ -64,6 +71,26 @@ GOLDEN = {
         GroupedQuantizer(Grouped(2, 2, 4, "token")),
         [[0, 2], [1, 1], [2, 0], [3, -1]],
         {"codes": "0c 09 06 03", "scale": "00 3c 00 3c", "zero": "00 00 00 bc"},
+    ),
+    "indexed": Golden(
+        VectorQuantizer(Indexed(6, 2, 3), counting(3, 2)),
+        [[5, 5, 1, 1, 6, 6], [0, 0, 7, 7, 2, 2]],
+        {"codes": "f2 00 9c 00"},
+    ),
+    "indexed, strided, with a norm": Golden(
+        VectorQuantizer(
+            Indexed(4, 2, 2, stages=2, strided=True, norm=True),
+            torch.tensor(
+                [[[[-2, 0], [0, 2], [0.75, -1], [1, 0.5]], [[0, 0], [0.25, 0], [0, 0.5], [1, 1]]]]
+            ).view(1, 1, 2, 4, 2),
+        ),
+        [[2, 2, -2, 2]],
+        {"codes": "9e", "norm": "00 40"},
+    ),
+    "indexed, 11 bits": Golden(
+        VectorQuantizer(Indexed(4, 2, 11), counting(11, 2)),
+        [[0x5A3, 0x5A3, 0x207, 0x207]],
+        {"codes": "0a 73 16"},
     ),
     "dense bfloat16": Golden(
         DenseQuantizer(Dense(2, torch.bfloat16)), [[1, -2]], {"values": "80 3f 00 c0"}

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsight.codec import Codec
-from kvsight.formats import Dense, Grouped
+from kvsight.formats import Dense, Grouped, Indexed
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer, gaussian, row_quantizer, uniform
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.testing import check_codec, check_compresses
 from kvsight.transforms import centre, haar, identity, linear
 
@@ -39,6 +40,28 @@ def test_rows(row, norm, kind):
 def test_groups(dim, bits, group, along):
     group = min(group, dim) if along == "channel" else group
     check_codec(Codec("grouped", identity(dim), GroupedQuantizer(Grouped(dim, bits, group, along))), seed=3)
+
+
+def books(*shape, seed=9):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=15)
+@given(
+    span=st.integers(1, 5),
+    cells=st.integers(1, 5),
+    bits=st.integers(1, 11),
+    stages=st.integers(1, 3),
+    strided=st.booleans(),
+    norm=st.booleans(),
+    own=st.booleans(),
+)
+def test_indices(span, cells, bits, stages, strided, norm, own):
+    form = Indexed(span * cells, span, bits, stages, strided, norm)
+    lead = (2, cells) if own else (1, 1)
+    root = books(*lead, span, span)
+    quantizer = VectorQuantizer(form, books(*lead, stages, 2**bits, span), root.mT @ root if own else None)
+    check_codec(Codec("indexed", identity(form.dim), quantizer), seed=10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

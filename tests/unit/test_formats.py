@@ -11,6 +11,7 @@ from kvsight.errors import KVSightError
 from kvsight.formats import (
     Dense,
     Grouped,
+    Indexed,
     Packed,
     Row,
     concat,
@@ -28,6 +29,9 @@ FORMATS = [
     (Row((0, 0)), 0, 0, 1),
     (Grouped(10, 3, 4, "channel"), 4 + 12, 12, 1),
     (Grouped(10, 3, 4, "token"), 4 * 4 + 40, 40, 4),
+    (Indexed(12, 4, 3), 2, 0, 1),
+    (Indexed(12, 4, 8, stages=2, norm=True), 6 + 2, 2, 1),
+    (Indexed(12, 6, 11, stages=3, strided=True), 9, 0, 1),
 ]
 
 
@@ -76,13 +80,16 @@ def test_ragged_groups_pay_for_a_whole_pair(dim, bits, group):
     [
         (lambda: Row((9, 1)), r"row widths must be 0 to 8; got \(9, 1\)"),
         (lambda: Row((1, 2)), r"must fall from first to last; got \(1, 2\)\. Permute"),
+        (lambda: Indexed(8, 4, 17), "1 to 16 bits; got 17"),
+        (lambda: Indexed(8, 3, 4), "cells of 3 coordinates do not tile 8. Choose a divisor"),
+        (lambda: Indexed(8, 4, 4, stages=0), "at least one stage; got 0"),
         (lambda: Grouped(8, 0, 4, "token"), "1 to 8 bits; got 0"),
         (lambda: Grouped(8, 9, 4, "token"), "1 to 8 bits; got 9"),
         (lambda: Grouped(8, 4, 9, "channel"), "group 9 does not fit 8 channels"),
         (lambda: Grouped(8, 4, 0, "token"), "group 0 does not fit"),
         (lambda: Grouped(8, 4, 32, "token").nbytes(33), "whole blocks of 32 tokens; got 33. Keep the rem"),
         (lambda: format_from_spec({"kind": "ternary"}), r"unknown format \{'kind': 'ternary'\}"),
-        (lambda: format_from_spec({"kind": "row", "widths": [1]}), "knows row, grouped and dense"),
+        (lambda: format_from_spec({"kind": "row", "widths": [1]}), "knows row, grouped, indexed, dense"),
         (
             lambda: format_from_spec({"kind": "dense", "dim": 2, "dtype": "int8"}),
             "unknown number type 'int8'",

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from kvsight.codec import Codec
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Format, Grouped, Packed, Row, concat, format_from_spec
+from kvsight.formats import Dense, Format, Grouped, Indexed, Packed, Row, concat, format_from_spec
 from kvsight.ops.attend.ref import Segment
 from kvsight.packing import pack_row, unpack_row
 from kvsight.testing.laws import LawBroken, generator, hold, refused
@@ -177,6 +178,14 @@ def _nearest(case: _Case) -> None:
             best, step = _best_affine(form, case.packed, y)
         case Row():
             best, step = _best_level(form, codec.quantizer.tables, case.packed, y)
+        case Indexed():
+            excess, scale = _excess_of_indices(form, codec.quantizer.tables, case.packed, y)
+            sound = bool((excess <= 1e-6 * scale).all())
+            hold("nearest", sound, "a centroid is farther than the nearest")
+            wanted = _sums_of_centroids(form, codec.quantizer.tables, case.packed)
+            close = torch.allclose(decoded, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+            hold("nearest", close, "decoded is not the sum of its centroids")
+            return
         case _:
             return
     slack = 1e-4 * step + 1e-6 * y.abs()
@@ -211,6 +220,52 @@ def _best_level(form: Row, tables: tuple[Tensor, ...], packed: Packed, y: Tensor
     return best, step
 
 
+def _excess_of_indices(
+    form: Indexed, tables: tuple[Tensor, ...], packed: Packed, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By how much each chosen centroid is farther than the nearest to what its stage got, and from what."""
+    centroids, *metrics = (table.double() for table in tables)
+    index, cells = form.unpack(packed.tensors[0]), _unit_cells(form, packed, y)
+    excess, scale = torch.zeros(2, *index.shape, dtype=torch.float64)
+    for head, cell in product(range(y.shape[1]), range(form.cells)):
+        book = _own(centroids, head, cell)
+        metric = _own(metrics[0], head, cell) if metrics else torch.eye(form.span, dtype=torch.float64)
+        left = cells[:, head, :, cell]
+        for stage in range(form.stages):
+            away = left.unsqueeze(-2) - book[stage]
+            distance = ((away @ metric) * away).sum(-1)
+            chosen = index[:, head, :, stage, cell].unsqueeze(-1)
+            excess[:, head, :, stage, cell] = (
+                distance.gather(-1, chosen) - distance.amin(-1, keepdim=True)
+            )[..., 0]
+            scale[:, head, :, stage, cell] = distance.amax(-1)
+            left = left - book[stage][chosen[..., 0]]
+    return excess, scale
+
+
+def _sums_of_centroids(form: Indexed, tables: tuple[Tensor, ...], packed: Packed) -> Tensor:
+    index = form.unpack(packed.tensors[0])
+    cells = torch.zeros(*index.shape[:3], form.cells, form.span, dtype=torch.float64)
+    for head, cell in product(range(index.shape[1]), range(form.cells)):
+        book = _own(tables[0].double(), head, cell)
+        for stage in range(form.stages):
+            cells[:, head, :, cell] += book[stage][index[:, head, :, stage, cell]]
+    y = form.join(cells)
+    return y * packed.tensors[1].double() if form.norm else y
+
+
+def _unit_cells(form: Indexed, packed: Packed, y: Tensor) -> Tensor:
+    if form.norm:
+        norm = packed.tensors[1].double()
+        y = torch.where(norm > 0, y / torch.where(norm > 0, norm, 1.0), 0.0)
+    return form.cut(y)
+
+
+def _own(table: Tensor, head: int, cell: int) -> Tensor:
+    """What a table [H or 1, cells or 1, ...] holds for one cell of one head."""
+    return table[min(head, table.shape[0] - 1), min(cell, table.shape[1] - 1)]
+
+
 def _attention_agrees(case: _Case) -> None:
     x, packed = case.x, case.packed
     heads = tuple(range(x.shape[1]))
@@ -226,6 +281,10 @@ def _codes_in_range(case: _Case) -> None:
         sizes = torch.tensor([2**w for w in case.codec.format.widths if w > 0])
         inside = bool((starts >= 0).all()) and bool((starts + sizes <= len(levels)).all())
         hold("codes in range", inside, "a code can point behind the end of the codebooks")
+    if isinstance(case.codec.format, Indexed):
+        form, centroids = case.codec.format, case.codec.quantizer.tables[0]
+        whole = centroids.shape[2:] == (form.stages, 2**form.bits, form.span)
+        hold("codes in range", whole, f"codebooks of {tuple(centroids.shape)} do not suit {form}")
 
 
 def _degenerate(case: _Case) -> None:
@@ -260,6 +319,8 @@ def _widths(form: Format) -> tuple[int, ...]:
             return form.widths
         case Grouped():
             return (form.bits,) * form.dim
+        case Indexed():
+            return form.widths
     return ()
 
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from kvsight.formats import Dense, Format, Grouped, Packed, Row
+from kvsight.formats import Dense, Format, Grouped, Indexed, Packed, Row
 from kvsight.ops.attend import dispatch
 from kvsight.ops.attend.ref import Coded, Folded, Segment
 from kvsight.packing import MAX_WIDTH
@@ -113,6 +113,8 @@ def _numbers(form: Format) -> list[int]:
         return [0, int(form.norm), *(form.widths.count(width) for width in range(MAX_WIDTH, -1, -1))]
     if isinstance(form, Grouped):
         return [1, form.dim, form.bits, form.group, _ALONG.index(form.along)]
+    if isinstance(form, Indexed):
+        return [3, form.dim, form.span, form.bits, form.stages, int(form.strided), int(form.norm)]
     assert isinstance(form, Dense)
     return [2, form.dim, _TYPES.index(form.dtype)]
 
@@ -126,6 +128,9 @@ def _format(numbers: Iterator[int]) -> Format:
         case 1:
             dim, bits, group, along = _take(numbers, 4)
             return Grouped(dim, bits, group, _ALONG[along])
+        case 3:
+            dim, span, bits, stages = _take(numbers, 4)
+            return Indexed(dim, span, bits, stages, bool(next(numbers)), bool(next(numbers)))
         case _:
             dim, dtype = _take(numbers, 2)
             return Dense(dim, _TYPES[dtype])
