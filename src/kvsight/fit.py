@@ -116,7 +116,7 @@ def fit(  # noqa: PLR0913
     seen, held_out = _split(batches, validation, max_kl is not None)
     stats = gather_stats(model, seen, request, propagation, progress)
     notes = {"calibration_sha256": digest_ids(seen), "calibration_tokens": str(stats.tokens)}
-    if _calibrated(request):
+    if _calibrated(request) or any(get(name).calibrated for name in request.methods.values()):
         notes |= {f"warning_{i}": text for i, text in enumerate(doubts(stats))}
         for text in doubts(stats):
             _log.warning("%s", text)

@@ -103,7 +103,7 @@ class Method:
 
     A method with ``rows`` takes any row size, so a fractional budget is spread over layers and heads;
     the others round down to their next configuration. ``allocate`` is how ``fit`` spends the budget
-    unless told otherwise.
+    unless told otherwise. ``calibrated`` methods learn from the text, so that ``fit`` warns of a short one.
     """
 
     name: str
@@ -113,6 +113,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     rows: Rows | None = None
     allocate: str = "uniform"
+    calibrated: bool = False
 
     def with_defaults(self, options: Mapping[str, object]) -> dict[str, Option]:
         """All options, given ones first; unknown names and misfitting values raise."""

@@ -173,36 +173,45 @@ def _nearest_fast(x: Tensor, centroids: Tensor, metric: Tensor | None) -> Tensor
     """``_Scorer.nearest`` on the CPU, where numpy's argmax is several times as fast as torch's."""
     scorer = _Scorer.of(centroids, metric)
     out = torch.empty(x.shape[:-1], dtype=torch.int64)
-    step = max(1, _SCORES // centroids.shape[-2])
-    for lines, slope, half, found in zip(x, scorer.slope, scorer.half, out, strict=True):
-        for start in range(0, len(lines), step):
-            scores = (lines[start : start + step] @ slope).sub_(half)
-            found[start : start + step] = torch.from_numpy(scores.numpy().argmax(-1))
+    size = centroids.shape[-2]
+    many = max(1, _SCORES // (x.shape[1] * size))
+    step = max(1, _SCORES // (many * size))
+    for first in range(0, len(x), many):
+        some = slice(first, first + many)
+        for start in range(0, x.shape[1], step):
+            lines = slice(start, start + step)
+            scores = torch.baddbmm(scorer.half[some], x[some, lines], scorer.slope[some], beta=-1)
+            out[some, lines] = torch.from_numpy(scores.numpy().argmax(-1))
     return out
 
 
 def _seeds(x: Tensor, size: int, metric: Tensor | None, weights: Tensor, seed: int) -> Tensor:
-    """k-means++: each next centre is drawn with probability ∝ weight · squared distance to the nearest.
+    """k-means++: centres are drawn with probability ∝ weight · squared distance to the nearest one so far.
 
-    Drawn from every k-th vector, ``_SEEDED`` for each centre: more would be slow and find no better start.
+    Each round draws an eighth as many again, spread evenly over the probability, so that hardly a vector
+    is drawn twice; vectors are every k-th, ``_SEEDED`` for each centre. One at a time finds no better start.
     """
     skip = max(1, x.shape[1] // (_SEEDED * size))
     x, weights = x[:, ::skip].contiguous(), weights[:, ::skip]
-    draw = torch.rand(size, len(x), 1, generator=torch.Generator().manual_seed(seed))
-    every = torch.arange(len(x))
-    centres = x.new_empty(size, len(x), x.shape[-1])
-    nearest = torch.full_like(weights, torch.inf)
-    far = weights
-    for step in range(size):
-        cumulative = far.cumsum(-1)
+    draws = torch.Generator().manual_seed(seed)
+    slope = x if metric is None else x @ metric
+    length = (slope * x).sum(-1)
+    centres = x[:, :0]
+    nearest = torch.ones_like(weights)
+    while centres.shape[1] < size:
+        many = min(size - centres.shape[1], max(1, centres.shape[1] // 8))
+        cumulative = (weights * nearest).double().cumsum(-1)
+        spread = (torch.arange(many) + torch.rand(len(x), 1, generator=draws, dtype=torch.float64)) / many
         # where all distances are zero, the last vector is as good as any
-        at = torch.searchsorted(cumulative, draw[step] * cumulative[:, -1:], right=True)
-        centres[step] = x[every, at.squeeze(-1).clamp_max(x.shape[1] - 1)]
-        off = x - centres[step].unsqueeze(1)
-        distance = (off.square() if metric is None else off @ metric * off).sum(-1)
-        nearest = torch.minimum(nearest, distance.clamp_min_(0))
-        far = weights * nearest
-    return centres.movedim(0, 1).contiguous()
+        at = torch.searchsorted(cumulative, spread * cumulative[:, -1:], right=True)
+        at = at.clamp_max(x.shape[1] - 1)
+        chosen = x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        product = slope @ chosen.mT
+        distance = (length.unsqueeze(-1) - 2 * product + length.gather(1, at).unsqueeze(1)).amin(-1)
+        first = centres.shape[1] == 0
+        nearest = distance.clamp_min(0) if first else torch.minimum(nearest, distance.clamp_min(0))
+        centres = torch.cat((centres, chosen), dim=1)
+    return centres
 
 
 def residual_kmeans(
@@ -217,6 +226,7 @@ def residual_kmeans(
 ) -> Tensor:
     """Codebooks [P, stages, size, s]: each stage is fitted to what the stages before it leave."""
     books: list[Tensor] = []
+    metric = None if metric is None else metric.double()
     for stage in range(stages):
         books.append(
             kmeans(x, size, metric=metric, weights=weights, seed=seed + stage, sweeps=sweeps).float()
