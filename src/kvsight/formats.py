@@ -1,4 +1,4 @@
-"""What the stored bytes mean: row, grouped, indexed, dense. Kernels and caches dispatch on nothing else.
+"""What the stored bytes mean. Kernels and caches dispatch on formats and on nothing else.
 
 A format lists its *fields*. A field is a tensor ``[..., rows, width]`` that holds one row for every
 ``every`` tokens, so slicing, joining, saving and counting bytes are the same code for all formats.
@@ -17,7 +17,7 @@ from kvsight.errors import KVSightError
 from kvsight.packing import MAX_WIDTH, pack_row, packed_width, unpack_columns, unpack_row
 
 # what a plan file calls them
-KINDS = ("row", "grouped", "indexed", "dense")
+KINDS = ("row", "grouped", "indexed", "polar", "dense")
 
 
 @dataclass(frozen=True)
@@ -325,6 +325,66 @@ class Indexed(Format):
         }
 
 
+@dataclass(frozen=True)
+class Polar(Format):
+    """Recursive polar coordinates: angles of L levels and one fp16 radius for each 2^L coordinates.
+
+    Level 1 has an angle for each pair of neighbouring coordinates, level 2 for each pair of the radii that
+    level 1 leaves, and so on. ``widths[l]`` is the width of the angles of level l + 1, falling.
+    """
+
+    dim: int
+    widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.widths or any(not 1 <= w <= MAX_WIDTH for w in self.widths):
+            raise KVSightError(
+                f"angles have 1 to {MAX_WIDTH} bits on one level or more; got {self.widths}."
+            )
+        if list(self.widths) != sorted(self.widths, reverse=True):
+            raise KVSightError(f"widths of angles must fall from level to level; got {self.widths}.")
+        if self.dim % self.span:
+            raise KVSightError(f"polar blocks of {self.span} coordinates do not tile {self.dim}.")
+
+    @property
+    def name(self) -> str:
+        return f"polar-{'.'.join(map(str, self.widths))}"
+
+    @property
+    def span(self) -> int:
+        """Coordinates that share a radius."""
+        return 1 << len(self.widths)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Angles of each level in a token."""
+        return tuple(self.dim >> level for level in range(1, len(self.widths) + 1))
+
+    @cached_property
+    def columns(self) -> tuple[int, ...]:
+        """Widths of the packed columns: all angles of level 1, then of level 2, ..."""
+        return tuple(w for w, count in zip(self.widths, self.counts, strict=True) for _ in range(count))
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        radii = Field("radius", torch.float16, self.dim // self.span, meta=True)
+        return (Field("codes", torch.uint8, packed_width(self.columns)), radii)
+
+    def read(self, tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+        """Radii times products of cosines and sines; the table holds the angles of all levels in turn."""
+        codes, r = unpack_row(tensors[0], self.columns).long(), tensors[1].float()
+        angles = tables[0].split([1 << width for width in self.widths])
+        by_level = codes.split(self.counts, dim=-1)
+        for table, code in zip(reversed(angles), reversed(by_level), strict=True):
+            # (first, second) = radius · (cos, sin) of every pair, in order
+            pair = torch.stack((table.cos(), table.sin()), dim=-1)
+            r = (r.unsqueeze(-1) * pair[code]).flatten(-2)
+        return r
+
+    def spec(self) -> dict[str, object]:
+        return {"kind": "polar", "dim": self.dim, "widths": list(self.widths)}
+
+
 def format_from_spec(spec: Mapping[str, object]) -> Format:
     """Rebuild a format from ``Format.spec()``; an unknown kind raises ``KVSightError``."""
     match spec:
@@ -350,6 +410,8 @@ def format_from_spec(spec: Mapping[str, object]) -> Format:
             "norm": bool(norm),
         }:
             return Indexed(dim, span, bits, stages, strided, norm)
+        case {"kind": "polar", "dim": int(dim), "widths": list(widths)}:
+            return Polar(dim, tuple(int(w) for w in widths))
     raise KVSightError(f"unknown format {dict(spec)!r}; this kvsight knows {', '.join(KINDS)}.")
 
 

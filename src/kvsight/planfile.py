@@ -22,6 +22,7 @@ from kvsight.formats import (
     Format,
     Grouped,
     Indexed,
+    Polar,
     Row,
     dtype_from_name,
     dtype_name,
@@ -30,6 +31,7 @@ from kvsight.formats import (
 from kvsight.plan import SIDES, LayerPlan, Plan, digest
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
+from kvsight.quantizers.polar import PolarQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.transforms import Transform, linear
@@ -170,7 +172,12 @@ def _tensors(plan: Plan) -> dict[str, Tensor]:
 
 def _table_names(form: Format) -> tuple[str, ...]:
     """Names of the static tensors that a quantizer of this format has."""
-    return ("centroids", "metric") if isinstance(form, Indexed) else ("levels", "starts")
+    match form:
+        case Indexed():
+            return ("centroids", "metric")
+        case Polar():
+            return ("angles",)
+    return ("levels", "starts")
 
 
 def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
@@ -222,6 +229,8 @@ def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor]) -> Quan
             return GroupedQuantizer(form)
         case Indexed():
             return VectorQuantizer(form, tensors[f"{prefix}.centroids"], tensors.get(f"{prefix}.metric"))
+        case Polar():
+            return PolarQuantizer(form, tensors[f"{prefix}.angles"])
         case Dense():
             return DenseQuantizer(form)
     raise KVSightError(f"no quantizer reads {form.name}; upgrade kvsight.")

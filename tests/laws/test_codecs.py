@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsight.codec import Codec
-from kvsight.formats import Dense, Grouped, Indexed
+from kvsight.formats import Dense, Grouped, Indexed, Polar
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer, gaussian, row_quantizer, uniform
+from kvsight.quantizers.polar import polar_quantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.testing import check_codec, check_compresses
@@ -62,6 +63,13 @@ def test_indices(span, cells, bits, stages, strided, norm, own):
     root = books(*lead, span, span)
     quantizer = VectorQuantizer(form, books(*lead, stages, 2**bits, span), root.mT @ root if own else None)
     check_codec(Codec("indexed", identity(form.dim), quantizer), seed=10)
+
+
+@settings(max_examples=10)
+@given(blocks=st.integers(1, 3), angles=st.lists(st.integers(1, 8), min_size=1, max_size=4))
+def test_polar_coordinates(blocks, angles):
+    form = Polar(blocks << len(angles), tuple(sorted(angles, reverse=True)))
+    check_codec(Codec("polar", haar(form.dim, 3) if form.dim > 2 else identity(2), polar_quantizer(form)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from kvsight.codec import Codec, Placement
-from kvsight.formats import Dense, Grouped, Indexed, Packed, Row
+from kvsight.formats import Dense, Grouped, Indexed, Packed, Polar, Row
 from kvsight.methods import get
 from kvsight.methods.base import Method
 from kvsight.packing import pack_row, unpack_row
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer, gaussian, row_quantizer
+from kvsight.quantizers.polar import PolarQuantizer, polar_quantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
 from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.testing import LawBroken, check_codec, check_compresses, check_method, check_transform
@@ -27,7 +28,7 @@ BLOCKS = GroupedQuantizer(Grouped(8, 4, 4, "token"))
 class Wrapped:
     """A sound quantizer, for defects to override."""
 
-    sound: GroupedQuantizer | RowQuantizer | VectorQuantizer = TOKENS
+    sound: GroupedQuantizer | RowQuantizer | VectorQuantizer | PolarQuantizer = TOKENS
 
     @property
     def format(self):
@@ -203,6 +204,21 @@ class ForgetsAStage(Wrapped):
         return packed.read((centroids,))
 
 
+class SinesForCosines(Wrapped):
+    def decode(self, packed):
+        return self.sound.decode(packed).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+class OtherAngles(Wrapped):
+    """Codes a vector of the same norm."""
+
+    def encode(self, y):
+        turned = y.double() @ torch.tensor([[0.9, 0.436], [-0.436, 0.9]], dtype=torch.float64).kron(
+            torch.eye(4, dtype=torch.float64)
+        )
+        return self.sound.encode(turned)
+
+
 @dataclass(frozen=True)
 class Private(Row):
     """A format that no plan file knows."""
@@ -240,6 +256,7 @@ class Rude(Codec):
 ROW = row_quantizer((4,) * 8, gaussian)
 ODD = row_quantizer((3,) * 5, gaussian)
 BOOKS = torch.randn(1, 4, 2, 16, 2, generator=torch.Generator().manual_seed(4))
+ANGLES = polar_quantizer(Polar(8, (4, 2, 2)))
 CELLS = VectorQuantizer(
     Indexed(8, 2, 4, stages=2), BOOKS, torch.diag(torch.tensor([9.0, 1])).expand(1, 4, 2, 2)
 )
@@ -264,6 +281,8 @@ DEFECTS = {
     "no residual": (SecondStageFromTheStart(CELLS), "nearest"),
     "a stage forgotten": (ForgetsAStage(CELLS), "nearest"),
     "codebooks too small": (replace(CELLS, centroids=BOOKS[..., :9, :]), "codes in range"),
+    "sine and cosine swapped": (SinesForCosines(ANGLES), "nearest"),
+    "other angles": (OtherAngles(ANGLES), "nearest"),
     "dirty padding": (DirtyPadding(ODD), "degenerate"),
     "private format": (replace(ODD, format=Private((3,) * 5)), "storable"),
     "metadata not counted": (replace(TOKENS, format=Understated(8, 4, 8, "channel")), "shape"),
@@ -277,7 +296,7 @@ def test_defect_is_caught(quantizer, law):
         check_codec(codec, tokens=24, seed=1)
 
 
-@pytest.mark.parametrize("sound", [TOKENS, BLOCKS, ROW, ODD, CELLS], ids=lambda q: q.format.name)
+@pytest.mark.parametrize("sound", [TOKENS, BLOCKS, ROW, ODD, CELLS, ANGLES], ids=lambda q: q.format.name)
 def test_the_same_wrapping_without_a_defect_passes(sound):
     check_codec(Codec("sound", identity(sound.format.dim), Wrapped(sound)), tokens=24, seed=1)
 

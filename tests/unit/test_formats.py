@@ -13,6 +13,7 @@ from kvsight.formats import (
     Grouped,
     Indexed,
     Packed,
+    Polar,
     Row,
     concat,
     dtype_from_name,
@@ -31,6 +32,7 @@ FORMATS = [
     (Grouped(10, 3, 4, "token"), 4 * 4 + 40, 40, 4),
     (Indexed(12, 4, 3), 2, 0, 1),
     (Indexed(12, 4, 8, stages=2, norm=True), 6 + 2, 2, 1),
+    (Polar(64, (4, 2, 2, 2)), 4 * 62 // 8, 8, 1),
     (Indexed(12, 6, 11, stages=3, strided=True), 9, 0, 1),
 ]
 
@@ -80,6 +82,9 @@ def test_ragged_groups_pay_for_a_whole_pair(dim, bits, group):
     [
         (lambda: Row((9, 1)), r"row widths must be 0 to 8; got \(9, 1\)"),
         (lambda: Row((1, 2)), r"must fall from first to last; got \(1, 2\)\. Permute"),
+        (lambda: Polar(8, (9, 2)), r"1 to 8 bits on one level or more; got \(9, 2\)"),
+        (lambda: Polar(8, (2, 3)), r"must fall from level to level; got \(2, 3\)"),
+        (lambda: Polar(12, (4, 2, 2)), "polar blocks of 8 coordinates do not tile 12"),
         (lambda: Indexed(8, 4, 17), "1 to 16 bits; got 17"),
         (lambda: Indexed(8, 3, 4), "cells of 3 coordinates do not tile 8. Choose a divisor"),
         (lambda: Indexed(8, 4, 4, stages=0), "at least one stage; got 0"),
@@ -89,7 +94,10 @@ def test_ragged_groups_pay_for_a_whole_pair(dim, bits, group):
         (lambda: Grouped(8, 4, 0, "token"), "group 0 does not fit"),
         (lambda: Grouped(8, 4, 32, "token").nbytes(33), "whole blocks of 32 tokens; got 33. Keep the rem"),
         (lambda: format_from_spec({"kind": "ternary"}), r"unknown format \{'kind': 'ternary'\}"),
-        (lambda: format_from_spec({"kind": "row", "widths": [1]}), "knows row, grouped, indexed, dense"),
+        (
+            lambda: format_from_spec({"kind": "row", "widths": [1]}),
+            "knows row, grouped, indexed, polar, dense",
+        ),
         (
             lambda: format_from_spec({"kind": "dense", "dim": 2, "dtype": "int8"}),
             "unknown number type 'int8'",

@@ -68,7 +68,9 @@ def fit_command(
     ] = "free",
     format_: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Allow this format (row, grouped, indexed, dense). Repeatable."),
+        typer.Option(
+            "--format", help="Allow this format (row, grouped, indexed, polar, dense). Repeatable."
+        ),
     ] = None,
     protect: Annotated[list[int] | None, typer.Option(help="Keep this layer exact. Repeatable.")] = None,
     sinks: Annotated[

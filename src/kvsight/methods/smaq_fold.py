@@ -35,7 +35,7 @@ def folded(
 ) -> tuple[Placement, ...]:
     """Codecs for rows of this format."""
     shape = str(options["shape"])
-    check_shape(name, shape, (PAPER,))
+    check_shape(name, shape, float(options["strength"]), (PAPER,))
     turn = rotation(str(options["rotation"]), stats.dim, int(options["seed"]))
     quantizer = row_quantizer(row.widths, lambda bits: sphere(bits, stats.dim), norm=True)
     if side == "v":
@@ -78,6 +78,6 @@ METHOD = Method(
     "query metric folded into keys before norm, rotation and Lloyd-Max codebook; values as turboquant",
     "SMAQ, zenodo 19537052",
     build,
-    {"shape": "geometric", "strength": 5.0, "centre": True, "rotation": "hadamard", "seed": 42},
+    {"shape": "geometric", "strength": 0.0, "centre": True, "rotation": "hadamard", "seed": 42},
     calibrated=True,
 )

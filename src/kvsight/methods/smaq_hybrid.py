@@ -43,7 +43,7 @@ METHOD = Method(
         "value_bits": 2,
         "group": 32,
         "shape": "geometric",
-        "strength": 5.0,
+        "strength": 0.0,
         "centre": True,
         "rotation": "hadamard",
         "seed": 42,

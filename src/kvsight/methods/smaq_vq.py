@@ -62,7 +62,7 @@ def block_metric(
 ) -> Tensor | None:
     """What an error in each block costs, [H, cells, span, span] fp32; None is the identity."""
     shape, values = str(options["shape"]), str(options["values"])
-    check_shape("smaq-vq", shape)
+    check_shape("smaq-vq", shape, float(options["strength"]))
     if values not in VALUES:
         raise KVSightError(f"smaq-vq option 'values' is one of {', '.join(VALUES)}; got {values!r}.")
     shape = shape if side == "k" else "raw" if values == "output" else "identity"
@@ -105,7 +105,7 @@ METHOD = Method(
     build,
     {
         "shape": "raw",
-        "strength": 5.0,
+        "strength": 0.0,
         "block": 0,
         "centroids": 256,
         "stages": 1,

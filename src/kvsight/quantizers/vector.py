@@ -145,14 +145,15 @@ def kmeans(
     near = None if metric is None else _unit(metric)
     centres = _seeds(unit, size, near, weight, seed).double()
     heavy, place = weight.double(), size * torch.arange(len(x)).unsqueeze(-1)
+    pulls = (unit * heavy.unsqueeze(-1)).flatten(0, 1)
     before: Tensor | None = None
     for _ in range(sweeps):
         index = _nearest_fast(unit, centres.float(), near)
         if before is not None and torch.equal(index, before):
             break
         before, flat = index, (index + place).flatten()
-        mass = _sums(heavy, flat, size)
-        total = torch.stack([_sums(column * heavy, flat, size) for column in unit.unbind(-1)], dim=-1)
+        mass = heavy.new_zeros(len(x) * size).index_add_(0, flat, heavy.flatten()).view(len(x), size)
+        total = heavy.new_zeros(len(x) * size, x.shape[-1]).index_add_(0, flat, pulls).view_as(centres)
         moved = total / mass.clamp_min(torch.finfo(torch.float64).tiny).unsqueeze(-1)
         centres = torch.where((mass > 0).unsqueeze(-1), moved, centres)
     return centres * level + mean
@@ -162,11 +163,6 @@ def _unit(metric: Tensor) -> Tensor:
     """Metrics [P, s, s] of trace s in fp32; their level does not matter to who is nearest."""
     trace = metric.double().diagonal(dim1=-2, dim2=-1).mean(-1)
     return (metric / torch.where(trace > 0, trace, 1.0)[:, None, None]).float()
-
-
-def _sums(values: Tensor, flat: Tensor, size: int) -> Tensor:
-    """Sums of values [P, n] over the cells that ``flat`` [P·n] says, [P, size]."""
-    return torch.bincount(flat, values.flatten(), len(values) * size).view(len(values), size)
 
 
 def _nearest_fast(x: Tensor, centroids: Tensor, metric: Tensor | None) -> Tensor:
@@ -189,7 +185,7 @@ def _seeds(x: Tensor, size: int, metric: Tensor | None, weights: Tensor, seed: i
     """k-means++: centres are drawn with probability ∝ weight · squared distance to the nearest one so far.
 
     Each round draws an eighth as many again, spread evenly over the probability, so that hardly a vector
-    is drawn twice; vectors are every k-th, ``_SEEDED`` for each centre. One at a time finds no better start.
+    is drawn twice; vectors are every k-th, ``_SEEDED`` for each centre.
     """
     skip = max(1, x.shape[1] // (_SEEDED * size))
     x, weights = x[:, ::skip].contiguous(), weights[:, ::skip]

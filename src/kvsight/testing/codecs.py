@@ -1,6 +1,7 @@
 """Laws of codecs."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,17 @@ from torch import Tensor
 
 from kvsight.codec import Codec
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Format, Grouped, Indexed, Packed, Row, concat, format_from_spec
+from kvsight.formats import (
+    Dense,
+    Format,
+    Grouped,
+    Indexed,
+    Packed,
+    Polar,
+    Row,
+    concat,
+    format_from_spec,
+)
 from kvsight.ops.attend.ref import Segment
 from kvsight.packing import pack_row, unpack_row
 from kvsight.testing.laws import LawBroken, generator, hold, refused
@@ -186,6 +197,12 @@ def _nearest(case: _Case) -> None:
             close = torch.allclose(decoded, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
             hold("nearest", close, "decoded is not the sum of its centroids")
             return
+        case Polar():
+            farther, wanted = _polar(form, codec.quantizer.tables, case.packed, y)
+            hold("nearest", farther <= 1e-5, f"an angle is {farther:.3g} farther than the nearest")
+            close = torch.allclose(decoded, wanted, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+            hold("nearest", close, "decoded is not radius times cosines and sines of the angles")
+            return
         case _:
             return
     slack = 1e-4 * step + 1e-6 * y.abs()
@@ -261,6 +278,25 @@ def _unit_cells(form: Indexed, packed: Packed, y: Tensor) -> Tensor:
     return form.cut(y)
 
 
+def _polar(form: Polar, tables: tuple[Tensor, ...], packed: Packed, y: Tensor) -> tuple[float, Tensor]:
+    """By how much an angle is farther than the nearest, and what the codes mean at the exact radii."""
+    by_level = unpack_row(packed.tensors[0], form.columns).long().split(form.counts, dim=-1)
+    angles = tables[0].double().split([1 << width for width in form.widths])
+    radius, excess = y, 0.0
+    place = torch.arange(form.dim)
+    directions = torch.ones_like(y)
+    for level, (code, table) in enumerate(zip(by_level, angles, strict=True)):
+        first, second = radius[..., ::2], radius[..., 1::2]
+        exact = torch.atan2(second, first).remainder(2 * math.pi)
+        off = (exact.unsqueeze(-1) - table).abs()
+        chosen = off.gather(-1, code.unsqueeze(-1)).squeeze(-1)
+        excess = max(excess, float((chosen - off.amin(-1)).max()))
+        own = table[code][..., place >> (level + 1)]
+        directions = directions * torch.where((place >> level) % 2 == 0, own.cos(), own.sin())
+        radius = torch.hypot(first, second)
+    return excess, directions * radius.repeat_interleave(form.span, dim=-1)
+
+
 def _own(table: Tensor, head: int, cell: int) -> Tensor:
     """What a table [H or 1, cells or 1, ...] holds for one cell of one head."""
     return table[min(head, table.shape[0] - 1), min(cell, table.shape[1] - 1)]
@@ -281,6 +317,9 @@ def _codes_in_range(case: _Case) -> None:
         sizes = torch.tensor([2**w for w in case.codec.format.widths if w > 0])
         inside = bool((starts >= 0).all()) and bool((starts + sizes <= len(levels)).all())
         hold("codes in range", inside, "a code can point behind the end of the codebooks")
+    if isinstance(case.codec.format, Polar):
+        count = sum(1 << width for width in case.codec.format.widths)
+        hold("codes in range", case.codec.quantizer.tables[0].shape == (count,), "angles are missing")
     if isinstance(case.codec.format, Indexed):
         form, centroids = case.codec.format, case.codec.quantizer.tables[0]
         whole = centroids.shape[2:] == (form.stages, 2**form.bits, form.span)
@@ -321,6 +360,8 @@ def _widths(form: Format) -> tuple[int, ...]:
             return (form.bits,) * form.dim
         case Indexed():
             return form.widths
+        case Polar():
+            return form.columns
     return ()
 
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from kvsight.formats import Dense, Format, Grouped, Indexed, Packed, Row
+from kvsight.formats import Dense, Format, Grouped, Indexed, Packed, Polar, Row
 from kvsight.ops.attend import dispatch
 from kvsight.ops.attend.ref import Coded, Folded, Segment
 from kvsight.packing import MAX_WIDTH
@@ -115,6 +115,8 @@ def _numbers(form: Format) -> list[int]:
         return [1, form.dim, form.bits, form.group, _ALONG.index(form.along)]
     if isinstance(form, Indexed):
         return [3, form.dim, form.span, form.bits, form.stages, int(form.strided), int(form.norm)]
+    if isinstance(form, Polar):
+        return [4, form.dim, len(form.widths), *form.widths]
     assert isinstance(form, Dense)
     return [2, form.dim, _TYPES.index(form.dtype)]
 
@@ -131,6 +133,9 @@ def _format(numbers: Iterator[int]) -> Format:
         case 3:
             dim, span, bits, stages = _take(numbers, 4)
             return Indexed(dim, span, bits, stages, bool(next(numbers)), bool(next(numbers)))
+        case 4:
+            dim, levels = _take(numbers, 2)
+            return Polar(dim, tuple(_take(numbers, levels)))
         case _:
             dim, dtype = _take(numbers, 2)
             return Dense(dim, _TYPES[dtype])
