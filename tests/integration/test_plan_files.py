@@ -14,8 +14,20 @@ from kvsight.errors import KVSightError
 from kvsight.plan import SIDES, digest
 from kvsight.planfile import plan_hash
 
-METHODS = ["identity", "int", "kivi", "sight", "turboquant"]
-BITS = {"identity": None, "kivi": 6.0}
+METHODS = [
+    "identity",
+    "int",
+    "kivi",
+    "polarquant",
+    "residual-vq",
+    "sight",
+    "smaq-fold",
+    "smaq-hybrid",
+    "smaq-vq",
+    "turboquant",
+]
+# few stages are quick to fit
+BITS = {"identity": None, "kivi": 6.0, "residual-vq": 2.0}
 
 
 def fitted(plan, name, method, **settings):

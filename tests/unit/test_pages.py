@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvsight
-from kvsight.formats import Dense, Grouped, Row
+from kvsight.formats import Dense, Grouped, Indexed, Polar, Row
 
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 NAMES = kvsight.methods()
@@ -54,6 +54,17 @@ def rows_of_bits():
         keys = [bits(Grouped(dim, b, group, "token")) for dim in (64, 128)]
         values = [bits(Grouped(dim, b, min(group, dim), "channel")) for dim in (64, 128)]
         yield "kivi", [b, group, *keys, *values]
+    for span, index in ((8, 8), (4, 8), (2, 6), (2, 8)):
+        yield "smaq-vq", [span, 2**index, *(bits(Indexed(dim, span, index)) for dim in (64, 128))]
+    for index, stages in ((8, 7), (8, 11), (11, 8)):
+        formats = [Indexed(dim, 32, index, stages, norm=True) for dim in (64, 128)]
+        yield "residual-vq", [2**index, stages, *map(bits, formats)]
+    for b in (1, 2, 3):
+        yield "polarquant", [b, *(bits(Polar(dim, (b + 2, b, b, b))) for dim in (64, 128))]
+    for b in (2, 3, 4):
+        yield "smaq-fold", [b, *(bits(Row((b,) * dim, norm=True)) for dim in (64, 128))]
+    yield "smaq-hybrid", ["keys", *(bits(Row((3,) * dim, norm=True)) for dim in (64, 128))]
+    yield "smaq-hybrid", ["values", *(bits(Grouped(dim, 2, 32, "channel")) for dim in (64, 128))]
     for b in (1, 2, 3, 4):
         yield "turboquant", [b, *(bits(Row((b,) * dim, norm=True)) for dim in (64, 128))]
     for size in (16, 24, 26, 32, 48, 64):

@@ -27,8 +27,9 @@ def build(
     """As many stages as the budget pays for."""
     form = budget.best(formats(side, stats, options), "residual-vq")
     vectors = unit_cells(form, stats.sample)
-    every = max(1, len(vectors) // (_MOST * 2**form.bits))
-    made = residual_kmeans(vectors[None, ::every], 2**form.bits, form.stages, sweeps=_SWEEPS)
+    # every k-th would take the same groups and heads of every token
+    some = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[: _MOST * 2**form.bits]
+    made = residual_kmeans(vectors[None, some], 2**form.bits, form.stages, sweeps=_SWEEPS)
     return all_heads("residual-vq", stats, identity(stats.dim), VectorQuantizer(form, made.unsqueeze(0)))
 
 
@@ -52,9 +53,7 @@ def formats(side: Side, stats: SideStats, options: Mapping[str, Option]) -> list
 def unit_cells(form: Indexed, sample: Tensor) -> Tensor:
     """Channel groups of all heads [N, span] of a sample [H, n, d], every token at unit root mean square."""
     level = sample.double().square().mean(-1, keepdim=True).sqrt()
-    unit = sample.double() / torch.where(level > 0, level, 1.0)
-    # tokens first, so that every k-th vector is from all over the text
-    return form.cut(unit).movedim(0, 1).flatten(0, -2)
+    return form.cut(sample.double() / torch.where(level > 0, level, 1.0)).flatten(0, -2)
 
 
 METHOD = Method(

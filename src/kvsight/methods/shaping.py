@@ -39,7 +39,9 @@ def shaped(metric: Tensor, covariance: Tensor, shape: str, strength: float) -> T
 def check_shape(method: str, shape: str, strength: float, others: tuple[str, ...] = ()) -> None:
     """Raise ``KVSightError`` for a word that is no shape, and for a strength that is no strength."""
     if not 0 <= strength <= 1e6:
-        raise KVSightError(f"{method} option 'strength' is above 0, or 0 for the default; got {strength:g}.")
+        raise KVSightError(
+            f"{method} option 'strength' is above 0, or 0 for the default; got {strength:g}."
+        )
     if shape not in (*SHAPES, *others):
         known = ", ".join((*SHAPES, *others))
         raise KVSightError(f"{method} option 'shape' is one of {known}; got {shape!r}.")
