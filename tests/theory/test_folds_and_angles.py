@@ -58,7 +58,7 @@ def test_its_error_is_what_theory_says():
     root = sqrtm(keys)[0]
     bound = float(sqrtm(root @ queries @ root)[0].trace()) ** 2 / DIM
     found = sum(logit_error(queries, keys, "geometric", seed) for seed in (10, 11, 12)) / 3
-    assert found == pytest.approx(sphere(3, DIM).distortion * bound, rel=0.03)
+    assert found == pytest.approx(sphere(3, DIM).distortion * bound, rel=0.06)
 
 
 def test_the_geometric_mean_is_the_solution_of_its_equation():

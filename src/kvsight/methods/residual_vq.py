@@ -18,7 +18,7 @@ from kvsight.transforms import identity
 STAGES = 16
 # vectors that a centroid learns from at most
 _MOST = 32
-_SWEEPS = 10
+_SWEEPS = 6
 
 
 def build(

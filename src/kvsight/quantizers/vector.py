@@ -184,7 +184,7 @@ def _nearest_fast(x: Tensor, centroids: Tensor, metric: Tensor | None) -> Tensor
 def _seeds(x: Tensor, size: int, metric: Tensor | None, weights: Tensor, seed: int) -> Tensor:
     """k-means++: centres are drawn with probability ∝ weight · squared distance to the nearest one so far.
 
-    Each round draws an eighth as many again, spread evenly over the probability, so that hardly a vector
+    Each round draws a quarter as many again, spread evenly over the probability, so that hardly a vector
     is drawn twice; vectors are every k-th, ``_SEEDED`` for each centre.
     """
     skip = max(1, x.shape[1] // (_SEEDED * size))
@@ -195,7 +195,7 @@ def _seeds(x: Tensor, size: int, metric: Tensor | None, weights: Tensor, seed: i
     centres = x[:, :0]
     nearest = torch.ones_like(weights)
     while centres.shape[1] < size:
-        many = min(size - centres.shape[1], max(1, centres.shape[1] // 8))
+        many = min(size - centres.shape[1], max(1, centres.shape[1] // 4))
         cumulative = (weights * nearest).double().cumsum(-1)
         spread = (torch.arange(many) + torch.rand(len(x), 1, generator=draws, dtype=torch.float64)) / many
         # where all distances are zero, the last vector is as good as any
