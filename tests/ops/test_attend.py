@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from kvsight.codec import Codec
-from kvsight.formats import Dense, Grouped
+from kvsight.formats import Dense, Grouped, Indexed, Polar
 from kvsight.ops.attend import Segment, attend
 from kvsight.ops.attend import ref as definition
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
+from kvsight.quantizers.polar import polar_quantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.transforms import centre, haar, identity
 
 DIM = 12
@@ -29,6 +31,7 @@ def draw(*shape, seed=0):
 def codecs(heads=HEADS):
     """One codec of each kind; those with per-head tensors are made for ``heads`` heads."""
     mean = draw(heads, DIM, seed=50).double()
+    books = draw(heads, 3, 2, 512, 4, seed=51)
     turned = centre(mean).then(haar(DIM, seed=1)).stored()
     return {
         "dense": Codec("dense", identity(DIM), DenseQuantizer(Dense(DIM, torch.bfloat16))),
@@ -36,6 +39,8 @@ def codecs(heads=HEADS):
         "plain rows": Codec("rows", identity(DIM), row_quantizer((6,) * 4 + (0,) * 8, gaussian)),
         "normed rows": Codec("norm", haar(DIM, seed=2).stored(), row_quantizer((4,) * DIM, gaussian, True)),
         "channel groups": Codec("int", identity(DIM), GroupedQuantizer(Grouped(DIM, 4, 5, "channel"))),
+        "indices": Codec("vq", identity(DIM), VectorQuantizer(Indexed(DIM, 4, 9, 2, norm=True), books)),
+        "polar": Codec("polar", haar(DIM, seed=3).stored(), polar_quantizer(Polar(DIM, (4, 2)))),
         "token groups": Codec("kivi", identity(DIM), GroupedQuantizer(Grouped(DIM, 3, 4, "token"))),
     }
 

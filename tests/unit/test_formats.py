@@ -21,6 +21,7 @@ from kvsight.formats import (
     empty,
     format_from_spec,
 )
+from kvsight.ops.attend import op
 
 FORMATS = [
     (Dense(5), 10, 0, 1),
@@ -55,6 +56,13 @@ def test_specs_read_back(form, block):
     assert hash(again) == hash(form)
     assert again.fields == form.fields
     assert again.name == form.name
+
+
+@pytest.mark.parametrize("form", [f for f, *_ in FORMATS], ids=str)
+def test_formats_survive_a_compiled_graph(form):
+    numbers = iter(op._numbers(form))
+    assert op._format(numbers) == form
+    assert not list(numbers)
 
 
 def test_effective_bits_of_the_published_settings():
