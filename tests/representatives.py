@@ -24,9 +24,12 @@ REPRESENTATIVES = (
     "int",
     "kivi",
     "kvquant",
+    "polarquant",
     "qjl",
     "qkqv",
+    "residual-vq",
     "sight",
+    "smaq-vq",
     "turboquant",
     "zipcache",
 )

@@ -117,7 +117,7 @@ def fit(  # noqa: PLR0913
     seen, held_out = _split(batches, validation, max_kl is not None)
     stats = gather_stats(model, seen, request, propagation, progress)
     notes = {"calibration_sha256": digest_ids(seen), "calibration_tokens": str(stats.tokens)}
-    if _calibrated(request):
+    if _weighed(request) or any(get(name).calibrated for name in request.methods.values()):
         notes |= {f"warning_{i}": text for i, text in enumerate(doubts(stats))}
         for text in doubts(stats):
             _log.warning("%s", text)
@@ -193,7 +193,7 @@ def gather_stats(
 
     rules = {request.rule(side) for side in SIDES}
     weighed = bool(rules & {"measured", "ratequant"})
-    tokens = GRADIENT_TOKENS if _calibrated(request) and propagation == "gradient" else 0
+    tokens = GRADIENT_TOKENS if _weighed(request) and propagation == "gradient" else 0
     stats = summarise(observe(model, batches, gradient_tokens=tokens, progress=progress))
     if not weighed or propagation == "none" or stats.weighed:
         return stats
@@ -211,8 +211,8 @@ def settled(request: Request, stats: Stats) -> Request:
     return replace(request, allocate="uniform")
 
 
-def _calibrated(request: Request) -> bool:
-    """Whether anything of the plan depends on the calibration's statistics."""
+def _weighed(request: Request) -> bool:
+    """Whether gradients have a say in the plan."""
     allocated = any(request.rule(side) != "uniform" for side in SIDES)
     used = (get(name) for name in request.methods.values())
     return allocated or any(method.rows is not None or method.gradients for method in used)

@@ -22,8 +22,10 @@ from kvsight.formats import (
     Affine,
     Dense,
     Format,
+    Indexed,
     Joined,
     Patched,
+    Polar,
     Row,
     Scaled,
     Sketch,
@@ -39,11 +41,13 @@ from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.joined import JoinedQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer
 from kvsight.quantizers.patched import PatchedQuantizer
+from kvsight.quantizers.polar import PolarQuantizer
 from kvsight.quantizers.scaled import ScaledQuantizer
 from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.quantizers.sparse import SparseQuantizer
 from kvsight.quantizers.tiered import TieredQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.retention import Hold
 from kvsight.rope import Rope
 from kvsight.transforms import Transform, linear
@@ -250,6 +254,10 @@ def _quantizer(form: Format, prefix: str, tensors: Mapping[str, Tensor], transfo
             return TieredQuantizer(form, *guides)
         case Patched():
             return PatchedQuantizer(form)
+        case Indexed():
+            return VectorQuantizer(form, tensors[f"{prefix}.centroids"], tensors.get(f"{prefix}.metric"))
+        case Polar():
+            return PolarQuantizer(form, tensors[f"{prefix}.angles"])
         case Dense():
             return DenseQuantizer(form)
         case Scaled():

@@ -239,6 +239,16 @@ def sqrtm(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return root, inverse_root
 
 
+def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
+    """a # b = a^½ (a^-½ b a^-½)^½ a^½ of positive definite matrices [..., d, d], fp64.
+
+    The A between a⁻¹ and b with A a A = b, for ``geometric_mean(a⁻¹, b)`` (Pusz and Woronowicz, 1975).
+    """
+    root, inverse_root = sqrtm(a)
+    middle, _ = sqrtm(inverse_root @ b.double() @ inverse_root)
+    return root @ middle @ root
+
+
 def karhunen_loeve(metric: Tensor, covariance: Tensor) -> tuple[Transform, Tensor]:
     """The transform of ``sight`` and its eigenvalues [H, d], falling.
 

@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsight.codec import Codec
-from kvsight.formats import Dense, Grouped, Patched, Symmetric, Ternary, Tiered
+from kvsight.formats import Dense, Grouped, Indexed, Patched, Polar, Symmetric, Ternary, Tiered
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer, gaussian, row_quantizer, uniform
 from kvsight.quantizers.patched import PatchedQuantizer
+from kvsight.quantizers.polar import polar_quantizer
 from kvsight.quantizers.tiered import TieredQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.testing import check_codec, check_compresses
 from kvsight.transforms import centre, haar, identity, linear
 
@@ -91,6 +93,35 @@ def test_repairs(dim, bits, along, outliers, rank):
     group = 4 if along == "token" else min(4, dim)
     form = Patched(Grouped(dim, bits, group, along), 8, outliers, rank)
     check_codec(Codec("repaired", identity(dim), PatchedQuantizer(form)), seed=5)
+
+
+def books(*shape, seed=9):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=15)
+@given(
+    span=st.integers(1, 5),
+    cells=st.integers(1, 5),
+    bits=st.integers(1, 11),
+    stages=st.integers(1, 3),
+    strided=st.booleans(),
+    norm=st.booleans(),
+    own=st.booleans(),
+)
+def test_indices(span, cells, bits, stages, strided, norm, own):
+    form = Indexed(span * cells, span, bits, stages, strided, norm)
+    lead = (2, cells) if own else (1, 1)
+    root = books(*lead, span, span)
+    quantizer = VectorQuantizer(form, books(*lead, stages, 2**bits, span), root.mT @ root if own else None)
+    check_codec(Codec("indexed", identity(form.dim), quantizer), seed=10)
+
+
+@settings(max_examples=10)
+@given(blocks=st.integers(1, 3), angles=st.lists(st.integers(1, 8), min_size=1, max_size=4))
+def test_polar_coordinates(blocks, angles):
+    form = Polar(blocks << len(angles), tuple(sorted(angles, reverse=True)))
+    check_codec(Codec("polar", haar(form.dim, 3) if form.dim > 2 else identity(2), polar_quantizer(form)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

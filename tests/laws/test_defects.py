@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from kvsight.codec import Codec, Placement
-from kvsight.formats import Dense, Grouped, Packed, Row
+from kvsight.formats import Dense, Grouped, Indexed, Packed, Polar, Row
 from kvsight.methods import get
 from kvsight.methods.base import Method
 from kvsight.packing import pack_row, unpack_row
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import RowQuantizer, gaussian, row_quantizer
+from kvsight.quantizers.polar import PolarQuantizer, polar_quantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.testing import LawBroken, check_codec, check_compresses, check_method, check_transform
 from kvsight.transforms import Transform, haar, identity, linear
 
@@ -26,7 +28,7 @@ BLOCKS = GroupedQuantizer(Grouped(8, 4, 4, "token"))
 class Wrapped:
     """A sound quantizer, for defects to override."""
 
-    sound: GroupedQuantizer | RowQuantizer = TOKENS
+    sound: GroupedQuantizer | RowQuantizer | VectorQuantizer | PolarQuantizer = TOKENS
 
     @property
     def format(self):
@@ -180,6 +182,43 @@ class DirtyPadding(Wrapped):
         return Packed(self.format, (rows,))
 
 
+class IgnoresTheMetric(Wrapped):
+    """Encodes by plain distance, though the plan says by another."""
+
+    def encode(self, y):
+        return replace(self.sound, metric=None).encode(y)
+
+
+class SecondStageFromTheStart(Wrapped):
+    """Every stage codes the vector itself, not what the one before has left."""
+
+    def encode(self, y):
+        first = self.sound.format.unpack(self.sound.encode(y).tensors[0])
+        return Packed(self.format, (self.format.pack(first[..., :1, :].expand_as(first)),))
+
+
+class ForgetsAStage(Wrapped):
+    def decode(self, packed):
+        centroids = self.sound.centroids.clone()
+        centroids[:, :, 1] = 0
+        return packed.read((centroids,))
+
+
+class SinesForCosines(Wrapped):
+    def decode(self, packed):
+        return self.sound.decode(packed).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+class OtherAngles(Wrapped):
+    """Codes a vector of the same norm."""
+
+    def encode(self, y):
+        turned = y.double() @ torch.tensor([[0.9, 0.436], [-0.436, 0.9]], dtype=torch.float64).kron(
+            torch.eye(4, dtype=torch.float64)
+        )
+        return self.sound.encode(turned)
+
+
 @dataclass(frozen=True)
 class Private(Row):
     """A format that no plan file knows."""
@@ -216,6 +255,11 @@ class Rude(Codec):
 
 ROW = row_quantizer((4,) * 8, gaussian)
 ODD = row_quantizer((3,) * 5, gaussian)
+BOOKS = torch.randn(1, 4, 2, 16, 2, generator=torch.Generator().manual_seed(4))
+ANGLES = polar_quantizer(Polar(8, (4, 2, 2)))
+CELLS = VectorQuantizer(
+    Indexed(8, 2, 4, stages=2), BOOKS, torch.diag(torch.tensor([9.0, 1])).expand(1, 4, 2, 2)
+)
 DEFECTS = {
     "codes one per byte": (OneCodePerByte(), "shape"),
     "swapped nibbles": (SwappedNibbles(), "nearest"),
@@ -233,6 +277,12 @@ DEFECTS = {
     "no floor under the scale": (NoFloorUnderTheScale(), "degenerate"),
     "other tables for attention": (WrongCodebook(ROW), "nearest"),
     "codes behind the tables": (TooShortCodebook(ROW), "codes in range"),
+    "metric ignored": (IgnoresTheMetric(CELLS), "nearest"),
+    "no residual": (SecondStageFromTheStart(CELLS), "nearest"),
+    "a stage forgotten": (ForgetsAStage(CELLS), "nearest"),
+    "codebooks too small": (replace(CELLS, centroids=BOOKS[..., :9, :]), "codes in range"),
+    "sine and cosine swapped": (SinesForCosines(ANGLES), "nearest"),
+    "other angles": (OtherAngles(ANGLES), "nearest"),
     "dirty padding": (DirtyPadding(ODD), "degenerate"),
     "private format": (replace(ODD, format=Private((3,) * 5)), "storable"),
     "metadata not counted": (replace(TOKENS, format=Understated(8, 4, 8, "channel")), "shape"),
@@ -246,7 +296,7 @@ def test_defect_is_caught(quantizer, law):
         check_codec(codec, tokens=24, seed=1)
 
 
-@pytest.mark.parametrize("sound", [TOKENS, BLOCKS, ROW, ODD], ids=lambda q: q.format.name)
+@pytest.mark.parametrize("sound", [TOKENS, BLOCKS, ROW, ODD, CELLS, ANGLES], ids=lambda q: q.format.name)
 def test_the_same_wrapping_without_a_defect_passes(sound):
     check_codec(Codec("sound", identity(sound.format.dim), Wrapped(sound)), tokens=24, seed=1)
 

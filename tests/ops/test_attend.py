@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from kvsight.codec import Codec, joined
-from kvsight.formats import Dense, Grouped, Patched, Row, Symmetric, Ternary, Tiered
-from kvsight.ops.attend import Segment, attend, op
+from kvsight.formats import Dense, Grouped, Indexed, Polar
+from kvsight.ops.attend import Segment, attend
 from kvsight.ops.attend import ref as definition
 from kvsight.quantizers.dense import DenseQuantizer
 from kvsight.quantizers.lloyd_max import gaussian, row_quantizer
+from kvsight.quantizers.polar import polar_quantizer
 from kvsight.quantizers.sketch import SketchQuantizer
 from kvsight.quantizers.uniform import GroupedQuantizer
+from kvsight.quantizers.vector import VectorQuantizer
 from kvsight.rope import pairs
 from kvsight.transforms import centre, haar, identity, sketch, subspace
 
@@ -32,6 +34,7 @@ def draw(*shape, seed=0):
 def codecs(heads=HEADS):
     """One codec of each kind; those with per-head tensors are made for ``heads`` heads."""
     mean = draw(heads, DIM, seed=50).double()
+    books = draw(heads, 3, 2, 512, 4, seed=51)
     turned = centre(mean).then(haar(DIM, seed=1)).stored()
     few = subspace(haar(DIM, seed=3).matrix[..., :5]).stored()
     signs = sketch(DIM, 2 * DIM).stored()
@@ -47,6 +50,8 @@ def codecs(heads=HEADS):
         "plain rows": Codec("rows", identity(DIM), row_quantizer((6,) * 4 + (0,) * 8, gaussian)),
         "normed rows": Codec("norm", haar(DIM, seed=2).stored(), row_quantizer((4,) * DIM, gaussian, True)),
         "channel groups": Codec("int", identity(DIM), GroupedQuantizer(Grouped(DIM, 4, 5, "channel"))),
+        "indices": Codec("vq", identity(DIM), VectorQuantizer(Indexed(DIM, 4, 9, 2, norm=True), books)),
+        "polar": Codec("polar", haar(DIM, seed=3).stored(), polar_quantizer(Polar(DIM, (4, 2)))),
         "token groups": Codec("kivi", identity(DIM), GroupedQuantizer(Grouped(DIM, 3, 4, "token"))),
         "turning rows": Codec("rows", turned, row_quantizer((5,) * 8 + (0,) * 4, gaussian), ROPE),
         "turning groups": Codec("int", identity(DIM), GroupedQuantizer(Grouped(DIM, 3, 4, "token")), ROPE),
@@ -140,27 +145,6 @@ def test_segments_decode_to_what_their_bytes_mean():
         assert shown.dtype == torch.float32
     hidden = coded("token groups", draw(1, 2, 9, DIM, seed=40), skip=3)
     assert torch.allclose(hidden.decode(torch.float64), decoded([hidden]), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        Dense(3, torch.float16),
-        Row((4, 2, 0), norm=True),
-        Grouped(8, 3, 4, "token"),
-        Symmetric(8, 3, 4, "channel"),
-        Ternary(8, 4, "token"),
-        Tiered(8, 6, (4, 2), 16, "channel", scaled=True),
-        Patched(Grouped(8, 2, 4, "token"), 8, 2, 1),
-    ],
-    ids=lambda form: form.name,
-)
-def test_graphs_hold_a_format_as_numbers(form):
-    numbers = op._numbers(form)
-    assert all(type(number) is int for number in numbers)
-    rest = iter([*numbers, 7])
-    assert op._format(rest) == form
-    assert next(rest) == 7
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -321,11 +305,3 @@ def test_a_shift_of_all_keys_is_invisible():
     assert torch.allclose(base, moved, atol=1e-5)
     part = torch.cat((k[:, :, :15] + 1, k[:, :, 15:]), dim=2)
     assert not torch.allclose(base, check(q, [Segment(30, dense=part)], values), atol=1e-2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_formats_survive_as_numbers(kind):
-    form = codecs()[kind].format
-    numbers = iter(op._numbers(form))
-    assert op._format(numbers) == form
-    assert next(numbers, None) is None

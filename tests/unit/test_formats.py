@@ -12,9 +12,11 @@ from kvsight.formats import (
     KINDS,
     Dense,
     Grouped,
+    Indexed,
     Joined,
     Packed,
     Patched,
+    Polar,
     Row,
     Scaled,
     Sketch,
@@ -28,6 +30,7 @@ from kvsight.formats import (
     empty,
     format_from_spec,
 )
+from kvsight.ops.attend import op
 
 FORMATS = [
     (Dense(5), 10, 0, 1),
@@ -50,6 +53,10 @@ FORMATS = [
     # one outlier a channel: an index of 3 bits and a number; one column
     (Patched(Grouped(10, 3, 4, "token"), 8, 1, 1), 2 * 56 + 4 + 20 + 16 + 20, 80 + 60, 8),
     (Patched(Grouped(10, 3, 10, "channel"), 4, 2, 0), 4 + 4 + 1 + 4, 4 + 5, 1),
+    (Indexed(12, 4, 3), 2, 0, 1),
+    (Indexed(12, 4, 8, stages=2, norm=True), 6 + 2, 2, 1),
+    (Polar(64, (4, 2, 2, 2)), 4 * 62 // 8, 8, 1),
+    (Indexed(12, 6, 11, stages=3, strided=True), 9, 0, 1),
 ]
 
 
@@ -75,6 +82,15 @@ def test_specs_read_back(form, block):
 
 def test_every_kind_is_one_of_these():
     assert {form.spec()["kind"] for form, *_ in FORMATS} == set(KINDS)
+
+
+@pytest.mark.parametrize("form", [f for f, *_ in FORMATS], ids=str)
+def test_compiled_graphs_hold_a_format_as_numbers(form):
+    numbers = op._numbers(form)
+    assert all(type(number) is int for number in numbers)
+    rest = iter([*numbers, 7])
+    assert op._format(rest) == form
+    assert list(rest) == [7]
 
 
 def test_effective_bits_of_the_published_settings():
@@ -122,6 +138,12 @@ def test_ragged_groups_pay_for_a_whole_pair(dim, bits, group):
     [
         (lambda: Row((9, 1)), r"row widths must be 0 to 8; got \(9, 1\)"),
         (lambda: Row((1, 2)), r"must fall from first to last; got \(1, 2\)\. Permute"),
+        (lambda: Polar(8, (9, 2)), r"1 to 8 bits on one level or more; got \(9, 2\)"),
+        (lambda: Polar(8, (2, 3)), r"must fall from level to level; got \(2, 3\)"),
+        (lambda: Polar(12, (4, 2, 2)), "polar blocks of 8 coordinates do not tile 12"),
+        (lambda: Indexed(8, 4, 17), "1 to 16 bits; got 17"),
+        (lambda: Indexed(8, 3, 4), "cells of 3 coordinates do not tile 8. Choose a divisor"),
+        (lambda: Indexed(8, 4, 4, stages=0), "at least one stage; got 0"),
         (lambda: Grouped(8, 0, 4, "token"), "1 to 8 bits; got 0"),
         (lambda: Grouped(8, 9, 4, "token"), "1 to 8 bits; got 9"),
         (lambda: Grouped(8, 4, 9, "channel"), "group 9 does not fit 8 channels"),

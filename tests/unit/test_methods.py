@@ -7,10 +7,22 @@ import torch
 
 import kvsight
 from kvsight.errors import KVSightError
-from kvsight.formats import Dense, Grouped, Joined, Patched, Row, Sketch, Symmetric, Ternary, Tiered
+from kvsight.formats import (
+    Dense,
+    Grouped,
+    Indexed,
+    Joined,
+    Patched,
+    Polar,
+    Row,
+    Sketch,
+    Symmetric,
+    Ternary,
+    Tiered,
+)
 from kvsight.methods.base import Budget
 from kvsight.retention import Hold, Retention
-from kvsight.stats import expected_mass
+from kvsight.stats import Moments, SideStats, expected_mass
 from kvsight.testing import random_stats
 
 pytestmark = pytest.mark.usefixtures("stretched_once")
@@ -250,6 +262,123 @@ def test_qjl_sketches_keys_and_rounds_values_per_token():
     assert only_format("qjl", "k", 4.0, dim=128) == Joined((Sketch(152), Sketch(312)))
 
 
+@pytest.mark.parametrize(
+    ("bits", "options", "wanted"),
+    [
+        # 256 sampled tokens place 64 centroids
+        (4.0, {}, Indexed(64, 1, 4)),
+        (3.0, {}, Indexed(64, 2, 6)),
+        (1.6, {}, Indexed(64, 4, 6)),
+        (0.75, {}, Indexed(64, 8, 6)),
+        (1.5, {"centroids": 16}, Indexed(64, 2, 3)),
+        (2.0, {"block": 8, "stages": 3, "strided": True}, Indexed(64, 8, 5, 3, strided=True)),
+    ],
+)
+def test_smaq_vq_takes_the_largest_block_of_the_dearest(bits, options, wanted):
+    assert only_format("smaq-vq", "k", bits, **options) == wanted
+
+
+def test_smaq_vq_has_256_centroids_where_text_can_place_them():
+    stats = random_stats(2, 64, tokens=1024, seed=1)
+    stats = replace(stats, sample=stats.sample.repeat(1, 4, 1))
+    method = kvsight.method_info("smaq-vq")
+    for bits, form in ((1.0, Indexed(64, 8, 8)), (2.0, Indexed(64, 4, 8))):
+        (placement,) = method.build("v", stats, limit(bits), method.with_defaults({}))
+        assert placement.codec.format == form
+
+
+def test_smaq_vq_sees_the_metric_of_each_block():
+    codec = place("smaq-vq", "k", limit(0.75), centroids=4, block=8)[0].codec
+    metric = STATS[64].metric[1, 8:16, 8:16]
+    assert torch.allclose(codec.quantizer.metric[1, 1], (8 * metric / metric.trace()).float(), atol=0.01)
+    assert place("smaq-vq", "k", limit(0.75), shape="identity")[0].codec.quantizer.metric is None
+
+
+def test_smaq_vq_weighs_values_by_gradients_where_asked():
+    method = kvsight.method_info("smaq-vq")
+    salience = torch.ones(2, 256)
+    salience[:, :128] = 0
+    stats = replace(STATS[64], salience=salience)
+    options = method.with_defaults({"values": "a2", "block": 8, "centroids": 2})
+    heard, all_alike = (
+        method.build("v", each, limit(1), options)[0].codec.quantizer.centroids
+        for each in (stats, replace(STATS[64], salience=torch.ones(2, 256)))
+    )
+    later = STATS[64].sample[:, 128:, :8].mean(1)
+    # two centroids have the mean of what counts between them
+    off = heard[:, 0, 0] - later.unsqueeze(1)
+    assert bool((off[:, 0] * off[:, 1]).sum(-1).lt(0).all())
+    assert not torch.equal(heard, all_alike)
+    with pytest.raises(KVSightError, match=r"gradients, which were not read\. Fit with allocate"):
+        place("smaq-vq", "v", limit(1), values="a2")
+
+
+def test_smaq_fold_codes_values_as_turboquant_does():
+    (fold,) = place("smaq-fold", "v", limit(3.25), rotation="haar", seed=0)
+    (plain,) = place("turboquant", "v", limit(3.25))
+    assert fold.codec.format == plain.codec.format == Row((3,) * 64, norm=True)
+    assert torch.equal(fold.codec.transform.matrix, plain.codec.transform.matrix)
+    assert fold.codec.transform.shift is None
+
+
+def test_the_papers_fold_widens_levels_and_folds_nothing():
+    (paper,) = place("smaq-fold", "k", limit(2.25), shape="paper")
+    quantizer, turn = paper.codec.quantizer, paper.codec.transform.matrix
+    assert turn.shape[0] == 1
+    widest = quantizer.levels.view(2, 64, 4)[..., -1]
+    # one codebook per coordinate, whose widths average to the plain codebook's in the square
+    assert widest.square().mean(-1).tolist() == pytest.approx([1.5104**2] * 2, rel=1e-3)
+    assert float(widest.std()) > 0.01
+    assert torch.equal(quantizer.starts, torch.arange(0, 512, 4, dtype=torch.int32).view(2, 64))
+
+
+def test_smaq_hybrid_is_three_bits_and_two_unless_told_otherwise():
+    assert only_format("smaq-hybrid", "k", 8) == Row((3,) * 64, norm=True)
+    assert only_format("smaq-hybrid", "v", 8) == Grouped(64, 2, 32, "channel")
+    assert only_format("smaq-hybrid", "k", 5.3, key_bits=0) == Row((5,) * 64, norm=True)
+    assert only_format("smaq-hybrid", "v", 5.3, value_bits=0) == Grouped(64, 4, 32, "channel")
+
+
+def test_residual_vq_spends_the_budget_on_stages():
+    # 1,024 channel groups place 64 centroids: 12 bits per stage for 64 channels, and a norm
+    assert only_format("residual-vq", "k", 2.0) == Indexed(64, 32, 6, 9, strided=True, norm=True)
+    assert only_format("residual-vq", "v", 1.0) == Indexed(64, 32, 6, 4, norm=True)
+    assert only_format("residual-vq", "v", 8.0, stages=2) == Indexed(64, 32, 6, 2, norm=True)
+    assert only_format("residual-vq", "v", 1.0, dim=128, block=50).span == 32
+    (placement,) = place("residual-vq", "k", limit(1.0))
+    assert placement.codec.quantizer.centroids.shape[:2] == (1, 1)
+
+
+def test_residual_vq_learns_from_all_heads_and_groups():
+    # more vectors than it learns from, and a head and a group unlike the others
+    sample = torch.randn(2, 512, 8, generator=torch.Generator().manual_seed(3))
+    sample[1, :, 4:] += 3
+    stats = SideStats(Moments.zero(2, 8).add(sample), None, sample)
+    method = kvsight.method_info("residual-vq")
+    options = method.with_defaults({"block": 2, "centroids": 16, "strided": False})
+    codec = method.build("k", stats, limit(8), options)[0].codec
+    error = (codec.decode(codec.encode(sample)) - sample).square().mean(1).view(2, 4, 2).mean(-1)
+    assert float(error.max() / error.min()) < 3
+
+
+@pytest.mark.parametrize(
+    ("bits", "wanted"), [(4.0, (4, 2, 2, 2)), (3.0, (3, 1, 1, 1)), (16.0, (8, 6, 6, 6))]
+)
+def test_polarquant_gives_the_first_level_two_bits_more(bits, wanted):
+    assert only_format("polarquant", "k", bits) == Polar(64, wanted)
+
+
+def test_polarquant_takes_the_largest_block_that_tiles_the_head():
+    method = kvsight.method_info("polarquant")
+    for dim, levels in ((80, 4), (24, 3), (6, 1)):
+        (placed,) = method.build("v", random_stats(1, dim), limit(16), method.with_defaults({}))
+        assert len(placed.codec.format.widths) == levels
+    with pytest.raises(
+        KVSightError, match="polarquant pairs coordinates and needs an even head_dim; got 5"
+    ):
+        method.build("v", random_stats(1, 5), limit(16), method.with_defaults({}))
+
+
 @pytest.mark.parametrize("bits", [0.2, 1.0, 2.37, 3.0, 7.9, 8.0, 12.0])
 def test_sight_spends_whole_bytes_and_no_more(bits):
     placements = place("sight", "k", limit(bits))
@@ -320,6 +449,12 @@ def test_a_window_of_everything_leaves_nothing_to_code():
         ("gear", 2.3, "gear cannot meet 2.3 bits; its cheapest configuration here stores 2.35"),
         ("zipcache", 1.6, "zipcache cannot meet 1.6 bits; its cheapest configuration here stores 1.6"),
         ("qwc", 1.4, "qwc cannot meet 1.4 bits; its cheapest configuration here stores 1.5"),
+        (
+            "smaq-hybrid",
+            3.2,
+            "smaq-hybrid cannot meet 3.2 bits; its cheapest configuration here stores 3.25",
+        ),
+        ("polarquant", 2.9, "polarquant cannot meet 2.9 bits; its cheapest configuration here stores 3"),
         ("sight", 0.12, "sight cannot meet 0.12 bits; its smallest row stores 0.125"),
         (
             "headq",
@@ -344,6 +479,19 @@ def test_a_budget_that_exact_tokens_use_up_says_so():
     ("name", "options", "message"),
     [
         ("int", {"axis": "row"}, "int option 'axis' is 'token' or 'channel'; got 'row'"),
+        (
+            "smaq-vq",
+            {"shape": "cubic"},
+            "'shape' is one of identity, raw, power, log1p, geometric; got 'cubic'",
+        ),
+        ("smaq-fold", {"shape": "cubic"}, "power, log1p, geometric, paper; got 'cubic'"),
+        ("smaq-vq", {"strength": -1}, "'strength' is above 0, or 0 for the default; got -1"),
+        ("smaq-vq", {"values": "a3"}, "'values' is one of identity, output, a2; got 'a3'"),
+        ("smaq-vq", {"centroids": 100}, "'centroids' is a power of two from 2 to 65536; got 100"),
+        ("smaq-vq", {"block": 7}, "a block that divides head_dim 64 .* got block=7, stages=1"),
+        ("smaq-hybrid", {"key_bits": 9}, "'key_bits' is 1 to 8, or 0 for the budget's; got 9"),
+        ("residual-vq", {"stages": 17}, "1 to 16 stages .* got block=32, stages=17"),
+        ("polarquant", {"block": 12}, "'block' is a power of two from 2; got 12"),
         ("turboquant", {"rotation": "none"}, "'rotation' is 'haar' or 'hadamard'; got 'none'"),
         ("turboquant", {"outliers": 64}, "'outliers' is less than head_dim 64; got 64"),
         ("turboquant", {"outliers": 2}, "sphere codebook needs a head_dim of at least 4; got 2"),

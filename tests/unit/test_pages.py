@@ -7,7 +7,19 @@ import pytest
 import torch
 
 import kvsight
-from kvsight.formats import Dense, Grouped, Joined, Row, Scaled, Sketch, Sparse, Symmetric, Tiered
+from kvsight.formats import (
+    Dense,
+    Grouped,
+    Indexed,
+    Joined,
+    Polar,
+    Row,
+    Scaled,
+    Sketch,
+    Sparse,
+    Symmetric,
+    Tiered,
+)
 from kvsight.methods.base import Budget
 from kvsight.retention import Retention
 from kvsight.testing import random_stats
@@ -79,6 +91,17 @@ def rows_of_bits():
         keys = [bits(Grouped(dim, b, group, "token")) for dim in (64, 128)]
         values = [bits(Grouped(dim, b, min(group, dim), "channel")) for dim in (64, 128)]
         yield "kivi", [b, group, *keys, *values]
+    for span, index in ((8, 8), (4, 8), (2, 6), (2, 8)):
+        yield "smaq-vq", [span, 2**index, *(bits(Indexed(dim, span, index)) for dim in (64, 128))]
+    for index, stages in ((8, 7), (8, 11), (11, 8)):
+        formats = [Indexed(dim, 32, index, stages, norm=True) for dim in (64, 128)]
+        yield "residual-vq", [2**index, stages, *map(bits, formats)]
+    for b in (1, 2, 3):
+        yield "polarquant", [b, *(bits(Polar(dim, (b + 2, b, b, b))) for dim in (64, 128))]
+    for b in (2, 3, 4):
+        yield "smaq-fold", [b, *(bits(Row((b,) * dim, norm=True)) for dim in (64, 128))]
+    yield "smaq-hybrid", ["keys", *(bits(Row((3,) * dim, norm=True)) for dim in (64, 128))]
+    yield "smaq-hybrid", ["values", *(bits(Grouped(dim, 2, 32, "channel")) for dim in (64, 128))]
     for b in (1, 2, 3, 4):
         plain = [bits(Row((b,) * dim, norm=True)) for dim in (64, 128)]
         both = [bits(signed(dim, b), dim) for dim in (64, 128)]

@@ -15,8 +15,10 @@ from torch import Tensor
 from kvsight.errors import KVSightError
 from kvsight.formats.affine import Affine, Grouped, Symmetric, Ternary
 from kvsight.formats.base import Field, Format
+from kvsight.formats.indexed import Indexed
 from kvsight.formats.joined import Joined
 from kvsight.formats.patched import Patched
+from kvsight.formats.polar import Polar
 from kvsight.formats.scaled import Scaled
 from kvsight.formats.sketch import Sketch
 from kvsight.formats.sparse import Sparse
@@ -30,9 +32,11 @@ __all__ = [
     "Field",
     "Format",
     "Grouped",
+    "Indexed",
     "Joined",
     "Packed",
     "Patched",
+    "Polar",
     "Row",
     "Scaled",
     "Sketch",
@@ -56,6 +60,8 @@ KINDS = (
     "ternary",
     "tiered",
     "patched",
+    "indexed",
+    "polar",
     "sketch",
     "scaled",
     "sparse",
@@ -184,6 +190,18 @@ def format_from_spec(spec: Mapping[str, object]) -> Format:
             base = format_from_spec(inner)
             if isinstance(base, Grouped):
                 return Patched(base, span, outliers, rank)
+        case {
+            "kind": "indexed",
+            "dim": int(dim),
+            "span": int(span),
+            "bits": int(bits),
+            "stages": int(stages),
+            "strided": bool(strided),
+            "norm": bool(norm),
+        }:
+            return Indexed(dim, span, bits, stages, strided, norm)
+        case {"kind": "polar", "dim": int(dim), "widths": list(widths)}:
+            return Polar(dim, tuple(int(w) for w in widths))
         case {"kind": "sketch", "dim": int(dim)}:
             return Sketch(dim)
         case {"kind": "scaled", "dim": int(dim), "bits": int(bits), "trimmed": int(trimmed)}:

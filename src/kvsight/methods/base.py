@@ -111,9 +111,9 @@ class Method:
 
     A method with ``rows`` takes any row size, so a fractional budget is spread over layers and heads;
     the others round down to their next configuration. ``allocate`` is how ``fit`` spends the budget
-    unless told otherwise. A ``fixed`` one says its bits itself and needs no budget.
-    ``gradients`` are read in calibration for those that use them in any case. ``page`` is its page in
-    docs/methods where that has another name.
+    unless told otherwise. A ``fixed`` one says its bits itself and needs no budget. ``calibrated`` ones
+    learn from the text, so that ``fit`` warns of a short one; for those with ``gradients`` it reads them,
+    too. ``page`` is its page in docs/methods where that has another name.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Method:
     rows: Rows | None = None
     allocate: str = "uniform"
     fixed: bool = False
+    calibrated: bool = False
     gradients: bool = False
     page: str = ""
 

@@ -155,4 +155,5 @@ METHOD = Method(
         "centred": False,
         "control": "none",
     },
+    calibrated=True,
 )

@@ -22,4 +22,5 @@ METHOD = Method(
     "KQ-SVD, arXiv 2512.05916",
     build,
     {"centre": False},
+    calibrated=True,
 )

@@ -33,4 +33,5 @@ METHOD = Method(
     "Salfati, arXiv 2604.11501, Table 2",
     build,
     {"bits": 8, "basis": "read", "entropy": False, "centre": False},
+    calibrated=True,
 )

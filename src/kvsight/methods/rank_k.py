@@ -20,4 +20,5 @@ METHOD = Method(
     "Salfati, arXiv 2604.11501",
     build,
     {"centre": True},
+    calibrated=True,
 )

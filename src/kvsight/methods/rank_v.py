@@ -23,4 +23,5 @@ METHOD = Method(
     "Salfati, arXiv 2604.11501, Thm. 1",
     build,
     {"entropy": False, "centre": False},
+    calibrated=True,
 )

@@ -60,6 +60,25 @@ def uniform(bits: int) -> Codebook:
     return Codebook(tuple(float(c * best.x) for c in centred), float(best.fun))
 
 
+@cache
+def angle(bits: int, level: int) -> tuple[float, ...]:
+    """Lloyd-Max levels on [0, π/2] for the angle between the norms of two Gaussian halves.
+
+    At ``level`` 2 and up of PolarQuant's recursion (arXiv 2502.02617) a half has 2^(level-1)
+    coordinates, and the density is sin^(2^(level-1) - 1)(2ψ).
+    """
+    power, edge = 2 ** (level - 1) - 1, math.pi / 4
+
+    def density(x: np.ndarray) -> np.ndarray:
+        weight: np.ndarray = np.clip(np.cos(2 * x), 0, None) ** power
+        return weight
+
+    x = np.linspace(-edge, edge, _GRID + 1)
+    weight = density(x)
+    spread = math.sqrt(_integral(x, weight * x**2)[-1] / _integral(x, weight)[-1])
+    return tuple(edge + spread * level for level in _lloyd_max(bits, edge, density).levels)
+
+
 CODEBOOKS: dict[str, Callable[[int], Codebook]] = {"gaussian": gaussian, "uniform": uniform}
 
 

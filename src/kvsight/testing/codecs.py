@@ -1,10 +1,11 @@
 """Laws of codecs."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from kvsight.errors import KVSightError
 from kvsight.formats import (
     Affine,
     Dense,
+    Indexed,
     Joined,
     Packed,
     Patched,
+    Polar,
     Row,
     Scaled,
     Sketch,
@@ -26,6 +29,7 @@ from kvsight.formats import (
 )
 from kvsight.ops.attend.ref import Segment
 from kvsight.packing import pack_row, unpack_row
+from kvsight.quantizers.base import Quantizer
 from kvsight.testing.laws import LawBroken, generator, hold, refused
 from kvsight.transforms import Transform
 
@@ -197,6 +201,20 @@ def _nearest(case: _Case) -> None:
             best, step = _best_level(form, codec.quantizer.tables, case.packed, y)
         case Scaled():
             best, step = _best_scaled(form, codec.quantizer.tables, case.packed, y)
+        case Indexed():
+            excess, scale = _excess_of_indices(form, codec.quantizer, case.packed, y)
+            sound = bool((excess <= 1e-6 * scale).all())
+            hold("nearest", sound, "a centroid is farther than the nearest")
+            wanted = _sums_of_centroids(form, codec.quantizer.tables, case.packed)
+            close = torch.allclose(decoded, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+            hold("nearest", close, "decoded is not the sum of its centroids")
+            return
+        case Polar():
+            farther, wanted = _polar(form, codec.quantizer.tables, case.packed, y)
+            hold("nearest", farther <= 1e-5, f"an angle is {farther:.3g} farther than the nearest")
+            close = torch.allclose(decoded, wanted, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
+            hold("nearest", close, "decoded is not radius times cosines and sines of the angles")
+            return
         case _:
             return
     slack = 1e-4 * step + 1e-6 * y.abs()
@@ -262,6 +280,72 @@ def _best_scaled(
     return every.expand(*y.shape, -1).gather(-1, at)[..., 0], scale
 
 
+def _excess_of_indices(
+    form: Indexed, quantizer: Quantizer, packed: Packed, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By how much each chosen centroid is farther than the nearest to what its stage got, and from what."""
+    centroids, metrics = quantizer.tables[0].double(), quantizer.guides.get("metric")
+    index, cells = form.unpack(packed.tensors[0]), _unit_cells(form, packed, y)
+    excess, scale = torch.zeros(2, *index.shape, dtype=torch.float64)
+    for head, cell in product(range(y.shape[1]), range(form.cells)):
+        book = _own(centroids, head, cell)
+        white = torch.eye(form.span, dtype=torch.float64)
+        metric = white if metrics is None else _own(metrics.double(), head, cell)
+        left = cells[:, head, :, cell]
+        for stage in range(form.stages):
+            away = left.unsqueeze(-2) - book[stage]
+            distance = ((away @ metric) * away).sum(-1)
+            chosen = index[:, head, :, stage, cell].unsqueeze(-1)
+            excess[:, head, :, stage, cell] = (
+                distance.gather(-1, chosen) - distance.amin(-1, keepdim=True)
+            )[..., 0]
+            scale[:, head, :, stage, cell] = distance.amax(-1)
+            left = left - book[stage][chosen[..., 0]]
+    return excess, scale
+
+
+def _sums_of_centroids(form: Indexed, tables: tuple[Tensor, ...], packed: Packed) -> Tensor:
+    index = form.unpack(packed.tensors[0])
+    cells = torch.zeros(*index.shape[:3], form.cells, form.span, dtype=torch.float64)
+    for head, cell in product(range(index.shape[1]), range(form.cells)):
+        book = _own(tables[0].double(), head, cell)
+        for stage in range(form.stages):
+            cells[:, head, :, cell] += book[stage][index[:, head, :, stage, cell]]
+    y = form.join(cells)
+    return y * packed.tensors[1].double() if form.norm else y
+
+
+def _unit_cells(form: Indexed, packed: Packed, y: Tensor) -> Tensor:
+    if form.norm:
+        norm = packed.tensors[1].double()
+        y = torch.where(norm > 0, y / torch.where(norm > 0, norm, 1.0), 0.0)
+    return form.cut(y)
+
+
+def _polar(form: Polar, tables: tuple[Tensor, ...], packed: Packed, y: Tensor) -> tuple[float, Tensor]:
+    """By how much an angle is farther than the nearest, and what the codes mean at the exact radii."""
+    by_level = unpack_row(packed.tensors[0], form.columns).long().split(form.counts, dim=-1)
+    angles = tables[0].double().split([1 << width for width in form.widths])
+    radius, excess = y, 0.0
+    place = torch.arange(form.dim)
+    directions = torch.ones_like(y)
+    for level, (code, table) in enumerate(zip(by_level, angles, strict=True)):
+        first, second = radius[..., ::2], radius[..., 1::2]
+        exact = torch.atan2(second, first).remainder(2 * math.pi)
+        off = (exact.unsqueeze(-1) - table).abs()
+        chosen = off.gather(-1, code.unsqueeze(-1)).squeeze(-1)
+        excess = max(excess, float((chosen - off.amin(-1)).max()))
+        own = table[code][..., place >> (level + 1)]
+        directions = directions * torch.where((place >> level) % 2 == 0, own.cos(), own.sin())
+        radius = torch.hypot(first, second)
+    return excess, directions * radius.repeat_interleave(form.span, dim=-1)
+
+
+def _own(table: Tensor, head: int, cell: int) -> Tensor:
+    """What a table [H or 1, cells or 1, ...] holds for one cell of one head."""
+    return table[min(head, table.shape[0] - 1), min(cell, table.shape[1] - 1)]
+
+
 def _attention_agrees(case: _Case) -> None:
     x, packed = case.x, case.packed
     heads = tuple(range(x.shape[1]))
@@ -277,6 +361,13 @@ def _codes_in_range(case: _Case) -> None:
         sizes = torch.tensor([2**w for w in case.codec.format.widths if w > 0])
         inside = bool((starts >= 0).all()) and bool((starts + sizes <= len(levels)).all())
         hold("codes in range", inside, "a code can point behind the end of the codebooks")
+    if isinstance(case.codec.format, Polar):
+        count = sum(1 << width for width in case.codec.format.widths)
+        hold("codes in range", case.codec.quantizer.tables[0].shape == (count,), "angles are missing")
+    if isinstance(case.codec.format, Indexed):
+        form, centroids = case.codec.format, case.codec.quantizer.tables[0]
+        whole = centroids.shape[2:] == (form.stages, 2**form.bits, form.span)
+        hold("codes in range", whole, f"codebooks of {tuple(centroids.shape)} do not suit {form}")
 
 
 def _degenerate(case: _Case) -> None:
@@ -307,6 +398,10 @@ def _clean(packed: Packed) -> bool:
     match form:
         case Row():
             return _repacked(rows, form.widths)
+        case Indexed():
+            return _repacked(rows, form.widths)
+        case Polar():
+            return _repacked(rows, form.columns)
         case Scaled():
             return _repacked(rows, (form.bits,) * form.dim)
         case Sketch():
