@@ -289,7 +289,6 @@ class TileReader:
         tiles = max(1, -(-tokens // TOKENS) - skip // TOKENS)
         workers = workers or made.blocks * _multiprocessors(q.device)
         items, slots = self._items(batch, _coarse(tiles), min(workers, _MOST_SPLITS - 1), first + last > 0)
-        scratch = {"device": q.device, "dtype": torch.float32}
         tensors = {
             "query": q,
             "heads": self.heads,
@@ -297,7 +296,7 @@ class TileReader:
             "fold_shift": self.fold_shift,
             "unfold": self.sides[1].matrix,
             "unfold_shift": self.sides[1].shift,
-            "folded": torch.empty(batch, heads, made.folded, device=q.device, dtype=torch.int32),
+            "folded": q.new_empty(batch, heads, made.folded, dtype=torch.int32),
             "items": items,
             "ranges": None if ranges is None else ranges.contiguous(),
             "seen": seen,
@@ -307,8 +306,10 @@ class TileReader:
             "last_values": kept.last_values.to(q.dtype).contiguous(),
             "sink_logits": None if sink_logits is None else sink_logits.float().contiguous(),
             "out": q.new_empty(batch, queries, query_heads, dim),
-            "partial": torch.empty(slots, made.rows, max(CHUNK * made.value_blocks, dim), **scratch),
-            "masses": torch.empty(slots, made.rows, 2, **scratch),
+            "partial": q.new_empty(
+                slots, made.rows, max(CHUNK * made.value_blocks, dim), dtype=torch.float32
+            ),
+            "masses": q.new_empty(slots, made.rows, 2, dtype=torch.float32),
             "done": _counters(batch * heads, q.device),
         }
         numbers = {
