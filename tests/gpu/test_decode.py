@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.fixture(scope="module")
 def fitted():
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    model = AutoModelForCausalLM.from_pretrained(model_path()).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
     calibration = windows(tokenizer, text("calibration"), 256, 8)
     plan = kvsight.fit(model, [calibration], bits=4.0, options={"layout": "tiles"}, allocate="uniform")
     return model, plan, windows(tokenizer, text("evaluation"), 160, 2)
