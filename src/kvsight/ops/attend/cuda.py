@@ -133,7 +133,7 @@ class Shape:
     def fitting(self, tile_bytes: int) -> "Shape":
         """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
         light = self.row_tiles == 1 and self.value_blocks <= _LIGHT
-        for blocks, warps in ((2, 8), (1, 8), (1, 4), (1, 2), (1, 1))[not light :]:
+        for blocks, warps in ((2, 8), (1, 8), (1, 4), (1, 2))[not light :]:
             bare = replace(self, warps=warps, ring=0, blocks=blocks)
             room = _SHARED // blocks - _RESERVED
             ring = (room - bare.shared_bytes) // warps // 128 * 128
