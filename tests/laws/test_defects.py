@@ -39,6 +39,10 @@ class Wrapped:
         return self.sound.tables
 
     @property
+    def guides(self):
+        return self.sound.guides
+
+    @property
     def rounding(self):
         return None
 

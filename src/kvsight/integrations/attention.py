@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -30,7 +31,7 @@ def attention_override(
     """
     before = implementations(model)
     mask_name = before[""] if mask_like is None else mask_like
-    mask = ALL_MASK_ATTENTION_FUNCTIONS.get(mask_name, sdpa_mask)
+    mask = _graphable(ALL_MASK_ATTENTION_FUNCTIONS.get(mask_name, sdpa_mask))
     name = next(free for i in count(1) if (free := f"{name}_{i}") not in _active)
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
@@ -43,6 +44,27 @@ def attention_override(
         _active.remove(name)
         if _listens(model):
             model.set_attn_implementation(before)
+
+
+def _graphable(build: Callable[..., Any]) -> Callable[..., Any]:
+    """``build``, but no mask where one new token sees all others while a CUDA graph is captured.
+
+    Some versions of transformers build masks then that they leave out otherwise, and nobody can look
+    into them.
+    """
+
+    def mask(**arguments: Any) -> Any:
+        sees_all = (
+            arguments.get("q_length") == 1
+            and arguments.get("attention_mask") is None
+            and arguments.get("local_size") is None
+            and arguments.get("allow_is_causal_skip", True)
+        )
+        if sees_all and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None
+        return build(**arguments)
+
+    return mask
 
 
 def _listens(model: PreTrainedModel) -> bool:

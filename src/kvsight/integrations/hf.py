@@ -55,7 +55,7 @@ class PackedLayer(CacheLayerMixin):
         reads: Reads,
         raw_prefill: bool,
         monitor: Monitor | None = None,
-        tiled: bool = False,
+        tiled: bool | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.layer, self.reads, self.raw_prefill = plan, layer, reads, raw_prefill
@@ -71,7 +71,8 @@ class PackedLayer(CacheLayerMixin):
         self.key_state = sides.start(self.layer.key, retention, dense, key_states)
         self.value_state = sides.start(self.layer.value, retention, dense, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.fits_tiles = self.tiled and fits_tiles(self.key_state, self.value_state)
+        tiled = key_states.is_cuda if self.tiled is None else self.tiled
+        self.fits_tiles = tiled and fits_tiles(self.key_state, self.value_state)
         self.is_initialized = True
 
     def update(
@@ -263,8 +264,8 @@ class PackedCache(Cache):
         monitor: compare some of the tokens of every call of more than one with the calibration, and log
             a warning when they are unlike it; ``drift`` has the figures.
         tiles: hold tokens in tiles while at most 16 come at a time, where the plan was fitted with the
-            option ``layout=tiles``; on CUDA devices kernels read them, elsewhere plain torch. The kernels
-            have run in an emulator only, so it is off by default.
+            option ``layout=tiles``. On CUDA devices kernels read them, and they are the default;
+            elsewhere plain torch does, for tests.
 
     ``model.generate(ids, past_key_values=PackedCache(plan))`` works as it is; inside
     ``kvsight.enable(model)`` attention runs on the codes.
@@ -277,7 +278,7 @@ class PackedCache(Cache):
         *,
         prefill: str = "packed",
         monitor: bool = True,
-        tiles: bool = False,
+        tiles: bool | None = None,
     ) -> None:
         if prefill not in ("packed", "raw"):
             raise KVSightError(f"prefill is 'packed' or 'raw'; got {prefill!r}.")

@@ -3,7 +3,7 @@
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from kvsight.errors import KVSightError
 from kvsight.ops.attend.schedule import Item, schedule
 from kvsight.ops.attend.tiles import FoldedTiles, most_products
-from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, compiled
+from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, Kernel, compiled
 from kvsight.tiling import CHUNK, TOKENS
 
 _SHARED_SOURCES = (NUMBERS_SOURCE, Path(__file__).with_name("tiles.cuh"))
@@ -133,7 +133,7 @@ class Shape:
     def fitting(self, tile_bytes: int) -> "Shape":
         """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
         light = self.row_tiles == 1 and self.value_blocks <= _LIGHT
-        for blocks, warps in ((2, 8), (1, 8), (1, 4), (1, 2), (1, 1))[not light :]:
+        for blocks, warps in ((2, 8), (1, 8), (1, 4), (1, 2))[not light :]:
             bare = replace(self, warps=warps, ring=0, blocks=blocks)
             room = _SHARED // blocks - _RESERVED
             ring = (room - bare.shared_bytes) // warps // 128 * 128
@@ -167,6 +167,9 @@ class Exact:
     first_values: Tensor
     last_keys: Tensor
     last_values: Tensor
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name).to(dtype).contiguous() for f in fields(self)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +214,20 @@ def token_ranges(  # noqa: PLR0913
 
 
 @dataclass(frozen=True, eq=False)
+class _Setup:
+    """What launches of one size share: ``items`` [blocks, most, 24] as the kernel's ``Item``, and scratch.
+
+    Launches that share scratch follow one another on one stream.
+    """
+
+    shape: Shape
+    items: Tensor
+    folded: Tensor
+    partial: Tensor
+    masses: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class TileReader:
     """What stays the same from launch to launch while tiles stay where they are."""
 
@@ -220,7 +237,7 @@ class TileReader:
     fold_shift: Tensor
     tiles: tuple[Tensor, ...]
     scaling: float
-    made: dict[tuple[int, int, int, bool], tuple[Tensor, int]] = field(default_factory=dict)
+    setups: dict[tuple[Any, ...], "_Setup"] = field(default_factory=dict)
 
     @cached_property
     def largest(self) -> int:
@@ -283,13 +300,12 @@ class TileReader:
         row_tiles = -(-rows // _ROWS)
         if row_tiles > _MOST_ROW_TILES:
             raise KVSightError(f"a launch takes {MOST_ROWS} query rows a KV head; got {rows}.")
-        kept = _no_exact(q, heads) if exact is None else exact
-        first, last = kept.first_keys.shape[2], kept.last_keys.shape[2]
-        made = self._shape(row_tiles, q.dtype, shape or {})
-        tiles = max(1, -(-tokens // TOKENS) - skip // TOKENS)
-        workers = workers or made.blocks * _multiprocessors(q.device)
-        items, slots = self._items(batch, _coarse(tiles), min(workers, _MOST_SPLITS - 1), first + last > 0)
-        scratch = {"device": q.device, "dtype": torch.float32}
+        first, last = (0, 0) if exact is None else (exact.first_keys.shape[2], exact.last_keys.shape[2])
+        tiles = _coarse(max(1, -(-tokens // TOKENS) - skip // TOKENS))
+        key = batch, row_tiles, q.dtype, tiles, first + last > 0, workers, tuple((shape or {}).items())
+        if key not in self.setups:
+            self.setups[key] = self._setup(*key)
+        setup = self.setups[key]
         tensors = {
             "query": q,
             "heads": self.heads,
@@ -297,25 +313,22 @@ class TileReader:
             "fold_shift": self.fold_shift,
             "unfold": self.sides[1].matrix,
             "unfold_shift": self.sides[1].shift,
-            "folded": torch.empty(batch, heads, made.folded, device=q.device, dtype=torch.int32),
-            "items": items,
+            "folded": setup.folded,
+            "items": setup.items,
             "ranges": None if ranges is None else ranges.contiguous(),
             "seen": seen,
-            "first_keys": kept.first_keys.to(q.dtype).contiguous(),
-            "first_values": kept.first_values.to(q.dtype).contiguous(),
-            "last_keys": kept.last_keys.to(q.dtype).contiguous(),
-            "last_values": kept.last_values.to(q.dtype).contiguous(),
+            **({} if exact is None else exact.tensors(q.dtype)),
             "sink_logits": None if sink_logits is None else sink_logits.float().contiguous(),
             "out": q.new_empty(batch, queries, query_heads, dim),
-            "partial": torch.empty(slots, made.rows, max(CHUNK * made.value_blocks, dim), **scratch),
-            "masses": torch.empty(slots, made.rows, 2, **scratch),
+            "partial": setup.partial,
+            "masses": setup.masses,
             "done": _counters(batch * heads, q.device),
         }
         numbers = {
             "scaling": self.scaling,
             "softcap": 0.0 if softcap is None else softcap,
             "head_count": heads,
-            "item_count": items.shape[1],
+            "item_count": setup.items.shape[1],
             "rows": rows,
             "queries": queries,
             "first": first,
@@ -326,20 +339,35 @@ class TileReader:
         alive = (*(t for t in tensors.values() if t is not None), *self.tiles)
         out = tensors["out"]
         assert out is not None
-        return Call(made, batch, (len(items), 1, 1), {**pointers, **numbers}, alive, out)
+        return Call(setup.shape, batch, (len(setup.items), 1, 1), {**pointers, **numbers}, alive, out)
 
-    def _items(self, batch: int, tiles: int, workers: int, exact: bool) -> tuple[Tensor, int]:
-        """The kernel's ``Item`` of every block, int32 [workers, most, 24], and the number of results."""
-        key = batch, tiles, workers, exact
-        if key not in self.made:
-            lists = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
-            most = max(map(len, lists))
-            none = Item(0, -1, 0, 0, 0, 0, 0)
-            rows = [[(*item, 0) for item in (*own, *[none] * (most - len(own)))] for own in lists]
-            items = torch.tensor(rows, dtype=torch.int32, device=self.heads.device)
-            heads = self.heads.view(torch.int32)
-            self.made[key] = torch.cat([items, heads[items[..., 1].clamp_min(0)]], -1), sum(map(len, lists))
-        return self.made[key]
+    def _setup(
+        self,
+        batch: int,
+        row_tiles: int,
+        dtype: torch.dtype,
+        tiles: int,
+        exact: bool,
+        workers: int,
+        given: tuple[tuple[str, int], ...],
+    ) -> "_Setup":
+        device = self.heads.device
+        shape = self._shape(row_tiles, dtype, dict(given))
+        workers = min(workers or shape.blocks * _multiprocessors(device), _MOST_SPLITS - 1)
+        lists = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
+        most, slots = max(map(len, lists)), sum(map(len, lists))
+        none = Item(0, -1, 0, 0, 0, 0, 0)
+        rows = [[(*item, 0) for item in (*own, *[none] * (most - len(own)))] for own in lists]
+        items = torch.tensor(rows, dtype=torch.int32, device=device)
+        heads = self.heads.view(torch.int32)[items[..., 1].clamp_min(0)]
+        width = max(CHUNK * shape.value_blocks, shape.head_dim)
+        return _Setup(
+            shape,
+            torch.cat([items, heads], dim=-1),
+            torch.empty((batch, len(self.heads), shape.folded), dtype=torch.int32, device=device),
+            torch.empty((slots, shape.rows, width), dtype=torch.float32, device=device),
+            torch.empty((slots, shape.rows, 2), dtype=torch.float32, device=device),
+        )
 
     def _shape(self, row_tiles: int, dtype: torch.dtype, given: Mapping[str, int]) -> Shape:
         keys, values = self.sides
@@ -364,11 +392,6 @@ def _kinds(side: FoldedTiles) -> tuple[tuple[int, int, int], ...]:
 
 def _listed(kinds: Sequence[tuple[int, int, int]]) -> str:
     return " ".join(f"KIND({i},{n4},{n2},{n1})" for i, (n4, n2, n1) in enumerate(kinds))
-
-
-def _no_exact(q: Tensor, heads: int) -> Exact:
-    none = q.new_empty(q.shape[0], heads, 0, q.shape[3])
-    return Exact(none, none, none, none)
 
 
 def _heads(keys: TiledTokens, values: TiledTokens) -> Tensor:
@@ -406,10 +429,16 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 def attend_tiles(call: Call) -> Tensor:
     """Queue a prepared call on the current stream; [B, Q, Hq, d]."""
-    shape = call.shape
-    macros, arguments = shape.macros(), Arguments(**call.values)
-    fold = compiled(FOLD_SOURCES, "fold_queries", macros, shape.fold_bytes)
+    fold, attend = _kernels(call.shape)
+    arguments = Arguments(**call.values)
     fold.launch((call.values["head_count"], call.batch, 1), 32 * _FOLD_WARPS, arguments)
-    kernel = compiled(SOURCES, "attend_tiles", macros, shape.shared_bytes)
-    kernel.launch(call.grid, 32 * shape.warps, arguments, overlapping=True)
+    attend.launch(call.grid, 32 * call.shape.warps, arguments, overlapping=True)
     return call.out
+
+
+@lru_cache(maxsize=256)
+def _kernels(shape: Shape) -> tuple[Kernel, Kernel]:
+    return (
+        compiled(FOLD_SOURCES, "fold_queries", shape.macros(), shape.fold_bytes),
+        compiled(SOURCES, "attend_tiles", shape.macros(), shape.shared_bytes),
+    )
