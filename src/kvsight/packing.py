@@ -21,6 +21,12 @@ _GATHER_BITS = 0x0102040810204080
 _BYTES = 0x0101010101010101
 
 
+def half(x: Tensor) -> Tensor:
+    """fp16 of scales, norms and outliers; larger numbers than it has become its largest."""
+    largest = torch.finfo(torch.float16).max
+    return x.clamp(-largest, largest).half()
+
+
 @dataclass(frozen=True)
 class Piece:
     """``size`` bits: stored from bit ``at`` of the row, they are bits ``low`` and up of code ``owner``."""

@@ -243,7 +243,7 @@ class Understated(Grouped):
 class Lax(Codec):
     """Takes NaN, inf and anything else."""
 
-    def encode(self, x):
+    def encode(self, x, first=0):
         blocks = x[..., : x.shape[-2] // self.format.block * self.format.block, : self.format.dim]
         return self.quantizer.encode(blocks.nan_to_num(0, 0, 0))
 
@@ -251,10 +251,10 @@ class Lax(Codec):
 class Rude(Codec):
     """Leaves it to torch to complain."""
 
-    def encode(self, x):
+    def encode(self, x, first=0):
         if x.shape[-2] % self.format.block == 0 and not torch.isfinite(x).all():
             raise RuntimeError("bad input")
-        return super().encode(x)
+        return super().encode(x, first)
 
 
 ROW = row_quantizer((4,) * 8, gaussian)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Packed, Patched
-from kvsight.packing import pack_row
-from kvsight.quantizers.uniform import GroupedQuantizer, half
+from kvsight.packing import half, pack_row
+from kvsight.quantizers.uniform import GroupedQuantizer
 
 _LOOPS = 4
 # a direction that holds less of the error than this is rounding, and is left out

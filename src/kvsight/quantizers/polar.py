@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Packed, Polar
-from kvsight.packing import pack_row
+from kvsight.packing import half, pack_row
 from kvsight.quantizers.lloyd_max import angle
-
-_HALF_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +44,7 @@ class PolarQuantizer:
         # no neighbours across 0: level 1's angles begin half a step behind it and end half a step before
         codes = [_nearest(a, t) for a, t in zip(found, tables, strict=True)]
         rows = pack_row(torch.cat(codes, dim=-1).to(torch.uint8), self.format.columns)
-        return Packed(self.format, (rows, radius.clamp_max(_HALF_MAX).half()))
+        return Packed(self.format, (rows, half(radius)))
 
     def decode(self, packed: Packed) -> Tensor:
         """Codes and radii to [..., H, n, d] in fp32."""

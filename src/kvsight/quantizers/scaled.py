@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Packed, Scaled
-from kvsight.packing import pack_row
+from kvsight.packing import half, pack_row
 
-_HALF_MAX = torch.finfo(torch.float16).max
 _SWEEPS = 100
 
 
@@ -80,9 +79,9 @@ def normalise(y: Tensor, trimmed: int) -> tuple[Tensor, Tensor]:
         inner = away.sort(dim=-1, stable=True).indices[..., : y.shape[-1] - trimmed]
         y = y.gather(-1, inner)
     low, high = y.amin(dim=-1, keepdim=True), y.amax(dim=-1, keepdim=True)
-    zero = ((low + high) / 2).clamp(-_HALF_MAX, _HALF_MAX).half()
+    zero = half((low + high) / 2)
     reach = torch.maximum(high - zero.to(y), zero.to(y) - low)
-    return reach.clamp(0, _HALF_MAX).half(), zero
+    return half(reach), zero
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, Sketch
-from kvsight.packing import pack_row
+from kvsight.packing import half, pack_row
 
-_HALF_MAX = torch.finfo(torch.float16).max
 # singular values below this share of the largest are directions that the sketch does not see
 _UNSEEN = 1e-6
 
@@ -51,7 +50,7 @@ class SketchQuantizer:
         """Sketches [..., H, n, m] to signs (a zero counts as negative) and norms."""
         norm = torch.linalg.vector_norm(y.double() @ self.unsketch, dim=-1, keepdim=True)
         signs = pack_row((y > 0).to(torch.uint8), (1,) * self.format.dim)
-        return Packed(self.format, (signs, norm.clamp_max(_HALF_MAX).half()))
+        return Packed(self.format, (signs, half(norm)))
 
     def decode(self, packed: Packed) -> Tensor:
         """norm · (±1), [..., H, n, m]; the sketch's inverse map holds the estimator's factor."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Packed, Sparse
-
-_HALF_MAX = torch.finfo(torch.float16).max
+from kvsight.packing import half
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class SparseQuantizer:
         """[..., H, n, d] to ascending indices and their values."""
         order = y.abs().sort(dim=-1, descending=True, stable=True).indices
         index = order[..., : self.format.count].sort(dim=-1).values
-        values = y.gather(-1, index).clamp(-_HALF_MAX, _HALF_MAX).half()
+        values = half(y.gather(-1, index))
         return Packed(self.format, (index.to(self.format.fields[0].dtype), values))
 
     def decode(self, packed: Packed) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Packed, Tiered
-from kvsight.quantizers.uniform import affine_codes, half, span
+from kvsight.packing import half
+from kvsight.quantizers.uniform import affine_codes, span
 from kvsight.waterfill import tiers
 
 # log weights of few or of many tokens round differently; on this grid that does not reach the tiers

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Affine, Packed, Symmetric
-
-_HALF_MAX = torch.finfo(torch.float16).max
+from kvsight.packing import half
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,6 @@ class GroupedQuantizer:
     def heads(self, index: Sequence[int]) -> Self:
         """Itself: all heads share it."""
         return self
-
-
-def half(x: Tensor) -> Tensor:
-    """fp16, large numbers cut to the largest one."""
-    return x.clamp(-_HALF_MAX, _HALF_MAX).half()
 
 
 def span(low: Tensor, high: Tensor, levels: int | Tensor) -> tuple[Tensor, Tensor]:

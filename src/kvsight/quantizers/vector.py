@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Indexed, Packed
+from kvsight.packing import half
 
-_HALF_MAX = torch.finfo(torch.float16).max
 # scores that are held at once
 _SCORES = 1 << 22
 _SWEEPS = 20
@@ -52,7 +52,7 @@ class VectorQuantizer:
         y = y.double()
         norms: tuple[Tensor, ...] = ()
         if self.format.norm:
-            rms = y.square().mean(dim=-1, keepdim=True).sqrt().clamp_max(_HALF_MAX).half()
+            rms = half(y.square().mean(dim=-1, keepdim=True).sqrt())
             y = torch.where(rms > 0, y / rms.to(y), torch.zeros_like(y))
             norms = (rms,)
         # tokens of a cell side by side: [H, cells, lead·n, span]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Row
-from kvsight.packing import pack_row
+from kvsight.packing import half, pack_row
 
 # boundaries this close to evenly spaced, relative to the largest, are so: fp32 stores them no better
 _STRAIGHT = 2.0**-22
@@ -84,8 +84,7 @@ def quantize(y: Tensor, rule: Rounding) -> tuple[Tensor, ...]:
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     norms: tuple[Tensor, ...] = ()
     if rule.format.norm:
-        largest = torch.finfo(torch.float16).max
-        rms = y.square().mean(dim=-1, keepdim=True).sqrt().clamp_max(largest).half()
+        rms = half(y.square().mean(dim=-1, keepdim=True).sqrt())
         y = torch.where(rms > 0, y / rms.to(y), torch.zeros_like(y))
         norms = (rms,)
     codes = nearest(y[..., : rule.format.stored].float(), rule.edges)
