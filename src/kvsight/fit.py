@@ -17,6 +17,7 @@ from kvsight.errors import KVSightError
 from kvsight.fingerprint import fingerprint
 from kvsight.methods import get
 from kvsight.plan import SIDES, Plan
+from kvsight.reach import spread
 from kvsight.request import Constraints, Request, check, make_request, one_of
 from kvsight.spend import Prepared, layer_plans, prepare, spend
 from kvsight.stats import Stats, doubts
@@ -66,6 +67,7 @@ def fit(  # noqa: PLR0913
     sinks: int | None = None,
     window: int = 0,
     reference_length: int = 1024,
+    positions: int | None = None,
     progress: "Progress | None" = None,
     provenance: Mapping[str, str] | None = None,
 ) -> Plan:
@@ -92,6 +94,8 @@ def fit(  # noqa: PLR0913
             under "measured", and 0 for everything else.
         window: last tokens kept exact.
         reference_length: tokens at which the budget holds.
+        positions: longest context in tokens that will be served, where calibration windows are shorter:
+            what is known of keys is turned to positions up to there (``kvsight.reach``).
 
     Raises ``KVSightError`` for an unknown method, a budget that cannot be met, or bad token ids.
     """
@@ -116,11 +120,15 @@ def fit(  # noqa: PLR0913
 
     seen, held_out = _split(batches, validation, max_kl is not None)
     stats = gather_stats(model, seen, request, propagation, progress)
+    if positions is not None:
+        stats = spread(stats, positions)
     notes = {"calibration_sha256": digest_ids(seen), "calibration_tokens": str(stats.tokens)}
     if _weighed(request) or any(get(name).calibrated for name in request.methods.values()):
         notes |= {f"warning_{i}": text for i, text in enumerate(doubts(stats))}
         for text in doubts(stats):
             _log.warning("%s", text)
+    if positions is not None:
+        notes["positions"] = str(positions)
     notes |= dict(provenance or {})
     request = settled(request, stats)
     prepared = prepare_from_stats(model, stats, request, progress)

@@ -79,6 +79,14 @@ def fit_command(
     text: TextOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Calibrate on this many at most.")] = 65_536,
     length: LengthOption = 1024,
+    positions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest context in tokens that will be served, if longer than --length.",
+            show_default="that of --length",
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json: JsonOption = None,
@@ -116,6 +124,7 @@ def fit_command(
             propagation=propagation,
             sinks=sinks,
             window=window,
+            positions=positions,
             progress=update,
             provenance={
                 "model": lasting(model),
