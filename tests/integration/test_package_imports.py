@@ -29,7 +29,7 @@ ORDER = (
     ("formats", "rope"),
     ("ops",),
     ("quantizers", "transforms", "stats", "distortion"),
-    ("drift",),
+    ("drift", "reach"),
     ("codec",),
     ("methods",),
     ("plan", "planfile", "fingerprint", "curves"),
