@@ -52,8 +52,8 @@ def _spread(side: SideStats, positions: int) -> SideStats:
         side,
         moments=_moments(side.moments, rope, shifts),
         query=None if side.query is None else _moments(side.query, rope, shifts),
-        metric=None if side.metric is None else _turned(side.metric, rope, shifts),
-        damage=None if side.damage is None else _turned(side.damage, rope, shifts),
+        metric=None if side.metric is None else rope.turn_matrix(side.metric, shifts).to(side.metric),
+        damage=None if side.damage is None else rope.turn_matrix(side.damage, shifts).to(side.damage),
         sample=rope.turn(side.sample.double(), own).to(side.sample),
         places=places + own,
         passages=_moved(side.passages, rope, apart),
@@ -69,15 +69,9 @@ def _moments(seen: Moments, rope: Rope, shifts: Tensor) -> Moments:
     return replace(
         seen,
         total=rope.turn(vectors, shifts).mean(-2),
-        outer=_turned(seen.outer, rope, shifts),
+        outer=rope.turn_matrix(seen.outer, shifts),
         peak=torch.where(turns, longest, seen.peak),
     )
-
-
-def _turned(matrix: Tensor, rope: Rope, shifts: Tensor) -> Tensor:
-    """The mean of R(s) M R(s)ᵀ over shifts [n], for M [H, d, d]."""
-    rows = rope.turn(matrix.double().unsqueeze(-2).expand(-1, -1, len(shifts), -1), shifts)
-    return rope.turn(rows.transpose(1, 3), shifts).mean(-2).mT.to(matrix)
 
 
 def _moved(vectors: Tensor | None, rope: Rope, shifts: Tensor | None) -> Tensor | None:

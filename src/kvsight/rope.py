@@ -29,6 +29,12 @@ class Rope:
         turned = x[..., self.partners.to(x.device).long()]
         return x * angle.cos().to(x) + turned * angle.sin().to(x)
 
+    def turn_matrix(self, matrix: Tensor, at: Tensor) -> Tensor:
+        """The mean of R(a) M R(a)ᵀ over indices ``at`` [n], fp64, for M [H, d, d]."""
+        # rows, then columns, each index a token of its own
+        rows = self.turn(matrix.double().unsqueeze(-2).expand(-1, -1, len(at), -1), at)
+        return self.turn(rows.transpose(1, 3), at).mean(-2).mT
+
     def back(self, x: Tensor, first: int = 0) -> Tensor:
         """Keys [..., n, d] as they are cached from index ``first`` on, turned back by their index."""
         return self.turn(x, -torch.arange(first, first + x.shape[-2], device=x.device))

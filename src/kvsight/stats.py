@@ -185,10 +185,7 @@ def before_rope(side: SideStats) -> SideStats:
     def turned(matrix: Tensor | None) -> Tensor | None:
         if matrix is None:
             return None
-        some = places[:: -(-len(places) // _PLACES)]
-        # rows, then columns, each index a token of its own
-        rows = rope.turn(matrix.double().unsqueeze(-2).expand(-1, -1, len(some), -1), -some)
-        return rope.turn(rows.transpose(1, 3), -some).mean(-2).mT
+        return rope.turn_matrix(matrix, -places[:: -(-len(places) // _PLACES)])
 
     sample = still(side.sample, places)
     return replace(

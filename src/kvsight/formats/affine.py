@@ -81,8 +81,28 @@ class Affine(Format):
         return {"kind": kind, "dim": self.dim, "group": self.group, "along": self.along}
 
 
+class _OfBits(Affine):
+    """Codes of ``bits`` bits each."""
+
+    bits: int
+
+    @property
+    def levels(self) -> int:
+        return int(2**self.bits)
+
+    @property
+    def _codes(self) -> Field:
+        return Field("codes", torch.uint8, packed_width((self.bits,) * self.dim))
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return pack_row(codes, (self.bits,) * self.dim)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        return unpack_row(rows, (self.bits,) * self.dim)
+
+
 @dataclass(frozen=True)
-class Grouped(Affine):
+class Grouped(_OfBits):
     """Asymmetric integers with an fp16 scale and zero point for each group."""
 
     dim: int
@@ -99,20 +119,9 @@ class Grouped(Affine):
     def name(self) -> str:
         return f"grouped-{self.bits}b-{self.along}{self.group}"
 
-    @property
-    def levels(self) -> int:
-        return int(2**self.bits)
-
     @cached_property
     def fields(self) -> tuple[Field, ...]:
-        codes = Field("codes", torch.uint8, packed_width((self.bits,) * self.dim))
-        return (codes, *self._parameters("scale", "zero"))
-
-    def pack(self, codes: Tensor) -> Tensor:
-        return pack_row(codes, (self.bits,) * self.dim)
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        return unpack_row(rows, (self.bits,) * self.dim)
+        return (self._codes, *self._parameters("scale", "zero"))
 
     def lattice(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         scale, zero = parameters
@@ -129,7 +138,7 @@ class Grouped(Affine):
 
 
 @dataclass(frozen=True)
-class Symmetric(Affine):
+class Symmetric(_OfBits):
     """Signed integers around zero: x = (code - 2^(b-1)) · scale, with one fp16 number for each group."""
 
     dim: int
@@ -146,20 +155,9 @@ class Symmetric(Affine):
     def name(self) -> str:
         return f"symmetric-{self.bits}b-{self.along}{self.group}"
 
-    @property
-    def levels(self) -> int:
-        return int(2**self.bits)
-
     @cached_property
     def fields(self) -> tuple[Field, ...]:
-        codes = Field("codes", torch.uint8, packed_width((self.bits,) * self.dim))
-        return (codes, *self._parameters("scale"))
-
-    def pack(self, codes: Tensor) -> Tensor:
-        return pack_row(codes, (self.bits,) * self.dim)
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        return unpack_row(rows, (self.bits,) * self.dim)
+        return (self._codes, *self._parameters("scale"))
 
     def lattice(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         scale = parameters[0].float()

@@ -35,3 +35,32 @@ class Quantizer(Protocol):
     def to(self, device: torch.device | str) -> Self: ...
 
     def heads(self, index: Sequence[int]) -> Self: ...
+
+
+class Unguided:
+    """What most quantizers share: encoding takes coordinates and reads nothing but ``tables``."""
+
+    @property
+    def guides(self) -> Mapping[str, Tensor]:
+        """None: encoding reads nothing but ``tables``."""
+        return {}
+
+    @property
+    def rounding(self) -> None:
+        """None: ``encode`` takes coordinates."""
+
+
+class Tableless(Unguided):
+    """A quantizer without static tensors: the same for all heads and devices."""
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Itself: there are no static tensors to move."""
+        return self
+
+    def heads(self, index: Sequence[int]) -> Self:
+        """Itself: all heads share it."""
+        return self

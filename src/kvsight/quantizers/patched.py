@@ -1,14 +1,13 @@
 """Grouped integers, exact outliers, and a low-rank term for what is left (GEAR, arXiv 2403.05527)."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from kvsight.formats import Packed, Patched
 from kvsight.packing import half, pack_row
+from kvsight.quantizers.base import Tableless
 from kvsight.quantizers.uniform import GroupedQuantizer
 
 _LOOPS = 4
@@ -17,23 +16,10 @@ _NOTHING = 1e-9
 
 
 @dataclass(frozen=True)
-class PatchedQuantizer:
+class PatchedQuantizer(Tableless):
     """Outliers of a line are its smallest and largest numbers, half of each; the odd one is large."""
 
     format: Patched
-
-    @property
-    def tables(self) -> tuple[Tensor, ...]:
-        return ()
-
-    @property
-    def guides(self) -> Mapping[str, Tensor]:
-        """None: encoding reads nothing but ``tables``."""
-        return {}
-
-    @property
-    def rounding(self) -> None:
-        """None: ``encode`` takes coordinates."""
 
     def encode(self, y: Tensor) -> Packed:
         """[..., H, n, d]; n must be a multiple of ``format.block``."""
@@ -57,14 +43,6 @@ class PatchedQuantizer:
     def decode(self, packed: Packed) -> Tensor:
         """[..., H, n, d] in fp32."""
         return packed.read()
-
-    def to(self, device: torch.device | str) -> Self:
-        """Itself: there are no static tensors to move."""
-        return self
-
-    def heads(self, index: Sequence[int]) -> Self:
-        """Itself: all heads share it."""
-        return self
 
     def _outliers(self, y: Tensor) -> Tensor:
         """Places of the outliers in every line, rising, [..., outliers]."""

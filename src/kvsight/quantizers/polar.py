@@ -1,7 +1,7 @@
 """Recursive polar coordinates of blocks (PolarQuant, arXiv 2502.02617)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from kvsight.formats import Packed, Polar
 from kvsight.packing import half, pack_row
+from kvsight.quantizers.base import Unguided
 from kvsight.quantizers.lloyd_max import angle
 
 
 @dataclass(frozen=True, eq=False)
-class PolarQuantizer:
+class PolarQuantizer(Unguided):
     """Every angle at the nearest of its level's, and the exact radius of each block in fp16.
 
     ``angles`` [Σ 2^width] holds the angles of level 1 in [0, 2π), then those of the levels above in
@@ -27,15 +28,6 @@ class PolarQuantizer:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return (self.angles,)
-
-    @property
-    def guides(self) -> Mapping[str, Tensor]:
-        """None: encoding reads nothing but ``tables``."""
-        return {}
-
-    @property
-    def rounding(self) -> None:
-        """None: ``encode`` takes coordinates."""
 
     def encode(self, y: Tensor) -> Packed:
         """[..., H, n, d] to codes and radii."""

@@ -4,7 +4,7 @@ Source: KVQuant, arXiv 2401.18079, §3.3: signposts in [-1, 1] that least square
 weighted by how much the loss depends on it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvsight.formats import Packed, Scaled
 from kvsight.packing import half, pack_row
+from kvsight.quantizers.base import Unguided
 
 _SWEEPS = 100
 
@@ -85,7 +86,7 @@ def normalise(y: Tensor, trimmed: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledQuantizer:
+class ScaledQuantizer(Unguided):
     """One codebook ``levels`` [2^bits] fp32 for numbers that each token's own range scales."""
 
     format: Scaled
@@ -94,15 +95,6 @@ class ScaledQuantizer:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return (self.levels,)
-
-    @property
-    def guides(self) -> Mapping[str, Tensor]:
-        """None: encoding reads nothing but ``tables``."""
-        return {}
-
-    @property
-    def rounding(self) -> None:
-        """None: ``encode`` takes coordinates."""
 
     @cached_property
     def _edges(self) -> Tensor:

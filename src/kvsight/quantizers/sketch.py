@@ -1,6 +1,6 @@
 """Signs of a sketch and the norm of what was sketched (QJL, arXiv 2406.03482, Def. 3.1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, Sketch
 from kvsight.packing import half, pack_row
+from kvsight.quantizers.base import Unguided
 
 # singular values below this share of the largest are directions that the sketch does not see
 _UNSEEN = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class SketchQuantizer:
+class SketchQuantizer(Unguided):
     """``unsketch`` [H or 1, m, d] fp64 gives back what was sketched, for the sake of its norm."""
 
     format: Sketch
@@ -36,15 +37,6 @@ class SketchQuantizer:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return ()
-
-    @property
-    def guides(self) -> Mapping[str, Tensor]:
-        """None: encoding reads nothing but ``tables``."""
-        return {}
-
-    @property
-    def rounding(self) -> None:
-        """None: ``encode`` takes coordinates."""
 
     def encode(self, y: Tensor) -> Packed:
         """Sketches [..., H, n, m] to signs (a zero counts as negative) and norms."""

@@ -1,34 +1,19 @@
 """The few largest coordinates of a token, exact to fp16, and where they are."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
-import torch
 from torch import Tensor
 
 from kvsight.formats import Packed, Sparse
 from kvsight.packing import half
+from kvsight.quantizers.base import Tableless
 
 
 @dataclass(frozen=True)
-class SparseQuantizer:
+class SparseQuantizer(Tableless):
     """Keeps ``format.count`` coordinates; of equal ones the first."""
 
     format: Sparse
-
-    @property
-    def tables(self) -> tuple[Tensor, ...]:
-        return ()
-
-    @property
-    def guides(self) -> Mapping[str, Tensor]:
-        """None: encoding reads nothing but ``tables``."""
-        return {}
-
-    @property
-    def rounding(self) -> None:
-        """None: ``encode`` takes coordinates."""
 
     def encode(self, y: Tensor) -> Packed:
         """[..., H, n, d] to ascending indices and their values."""
@@ -39,11 +24,3 @@ class SparseQuantizer:
 
     def decode(self, packed: Packed) -> Tensor:
         return packed.read()
-
-    def to(self, device: torch.device | str) -> Self:
-        """Itself: there are no static tensors to move."""
-        return self
-
-    def heads(self, index: Sequence[int]) -> Self:
-        """Itself: all heads share it."""
-        return self
