@@ -146,6 +146,7 @@ inline float bits_to_float(uint32_t x) {
     memcpy(&y, &x, 4);
     return y;
 }
+#define __uint_as_float bits_to_float
 inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t both = (uint64_t)b << 32 | a;
@@ -164,6 +165,15 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
         for (int i = 0; i < 32; i++) taken[w][i][0] = brought[w][i][0];
     });
     return bits_to_float(taken[w][l ^ mask][0]);
+}
+inline float __shfl_sync(unsigned, float x, int from) {
+    using namespace emulator;
+    int w = warp();
+    brought[w][lane()][0] = __float_as_uint(x);
+    meet_warp([w] {
+        for (int i = 0; i < 32; i++) taken[w][i][0] = brought[w][i][0];
+    });
+    return bits_to_float(taken[w][from][0]);
 }
 inline int __any_sync(unsigned, int predicate) {
     using namespace emulator;
@@ -254,11 +264,40 @@ inline void barrier_wait(uint64_t *at, uint32_t parity) {
     }
     b = {{}, false, 0, b.completed + 1};
 }
-inline void fence_copies() {}
-inline void let_next_start() {}
-inline void wait_for_fold() {}
-inline void prefetch(const void *) {}
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float from_half(uint16_t bits) {
+    _Float16 h;
+    memcpy(&h, &bits, 2);
+    return (float)h;
+}
+inline uint16_t to_half(float x) {
+    _Float16 h = (_Float16)x;
+    uint16_t bits;
+    memcpy(&bits, &h, 2);
+    return bits;
+}
+// mma.m16n8k16 of 16-bit floats
+inline void mma_half(float *d, uint4 a, uint32_t b0, uint32_t b1) {
+    using namespace emulator;
+    int w = warp(), l = lane();
+    uint32_t mine[] = {a.x, a.y, a.z, a.w, b0, b1};
+    memcpy(brought[w][l], mine, sizeof mine);
+    memcpy(brought[w][l] + 6, d, 16);
+    meet_warp([w] {
+        auto half = [](uint32_t pair, int k) { return from_half((uint16_t)(pair >> 16 * (k % 2))); };
+        for (int i = 0; i < 32; i++)
+            for (int e = 0; e < 4; e++) {
+                int row = i / 4 + 8 * (e / 2), column = 2 * (i % 4) + e % 2;
+                double sum = bits_to_float(brought[w][i][6 + e]);
+                for (int k = 0; k < 16; k++) {
+                    float x = half(brought[w][row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)], k);
+                    sum += (double)x * half(brought[w][column * 4 + k % 8 / 2][4 + k / 8], k);
+                }
+                taken[w][i][e] = __float_as_uint((float)sum);
+            }
+    });
+    memcpy(d, taken[w][l], 16);
+}
 #if NUMBER == 0
 inline float from_bits(uint16_t bits) { return bits_to_float((uint32_t)bits << 16); }
 inline uint16_t to_bits(float x) {
@@ -266,15 +305,6 @@ inline uint16_t to_bits(float x) {
     return (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 #elif NUMBER == 1
-inline float from_bits(uint16_t bits) {
-    _Float16 h;
-    memcpy(&h, &bits, 2);
-    return (float)h;
-}
-inline uint16_t to_bits(float x) {
-    _Float16 h = (_Float16)x;
-    uint16_t bits;
-    memcpy(&bits, &h, 2);
-    return bits;
-}
+inline float from_bits(uint16_t bits) { return from_half(bits); }
+inline uint16_t to_bits(float x) { return to_half(x); }
 #endif

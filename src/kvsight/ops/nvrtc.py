@@ -13,30 +13,7 @@ from kvsight.errors import KVSightError
 
 # what kernels call the types of keys, values and queries
 NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-
-
 NUMBERS_SOURCE = Path(__file__).with_name("numbers.cuh")
-# CUlaunchAttributeID: the launch may start before the one ahead of it has ended
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: the identifier, padded, and 64 bytes for any value."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
-
-
-class _Launch(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("attribute_count", ctypes.c_uint),
-    )
 
 
 @dataclass(frozen=True)
@@ -46,32 +23,14 @@ class Kernel:
     function: Any
     shared_bytes: int
 
-    def launch(
-        self,
-        grid: tuple[int, int, int],
-        threads: int,
-        arguments: ctypes.Structure,
-        *,
-        overlapping: bool = False,
-    ) -> None:
-        """Queue it on torch's current stream.
-
-        With ``overlapping`` it may start as soon as the kernel ahead of it allows that, and waits for that
-        kernel's results itself.
-        """
+    def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
+        """Queue it on torch's current stream."""
         driver = torch.cuda._utils._get_gpu_runtime_library()
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
-        attribute.value[0] = 1
-        config = _Launch(
-            grid=(ctypes.c_uint * 3)(*grid),
-            block=(ctypes.c_uint * 3)(threads, 1, 1),
-            shared_bytes=self.shared_bytes,
-            stream=torch.cuda.current_stream().cuda_stream,
-            attributes=ctypes.pointer(attribute),
-            attribute_count=int(overlapping),
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = driver.cuLaunchKernel(
+            self.function, *grid, threads, 1, 1, self.shared_bytes, stream, parameters, None
         )
-        code = driver.cuLaunchKernelEx(ctypes.byref(config), self.function, parameters, None)
         torch.cuda._utils._check_cuda(code)
 
 

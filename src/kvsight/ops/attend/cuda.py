@@ -1,4 +1,4 @@
-"""Decode attention on tiles on NVIDIA GPUs: ``fold.cu``, then ``tiles.cu``, compiled at run time."""
+"""Decode attention on tiles on NVIDIA GPUs: ``tiles.cu``, compiled at run time."""
 
 import ctypes
 import math
@@ -12,36 +12,30 @@ import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.ops.attend.schedule import Item, schedule
-from kvsight.ops.attend.tiles import FoldedTiles, most_products
+from kvsight.ops.attend.maps import key_maps, most_products, value_maps
+from kvsight.ops.attend.schedule import schedule
+from kvsight.ops.attend.tiles import FoldedTiles
 from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, Kernel, compiled
 from kvsight.tiling import CHUNK, TOKENS
 
-_SHARED_SOURCES = (NUMBERS_SOURCE, Path(__file__).with_name("tiles.cuh"))
-FOLD_SOURCES = (*_SHARED_SOURCES, Path(__file__).with_name("fold.cu"))
-SOURCES = (*_SHARED_SOURCES, Path(__file__).with_name("tiles.cu"))
+_NAMES = ("intrinsics.cuh", "tiles.cuh", "maps.cuh", "products.cuh", "tiles.cu")
+SOURCES = (NUMBERS_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
 _ROWS = 4
-_FOLD_WARPS = 16
 # what a multiprocessor has of shared memory, and what every block takes of it unasked
 _SHARED, _RESERVED = 228 * 1024, 1024
-# as much of it as a warp can put to use, its barriers and where its tiles begin; words of an item
-_RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 16, 24
+# as much of it as a warp can put to use, its barriers and where its tiles begin; an item
+_RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 16, 96
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16
-_MOST_SPLITS = 512
-# bytes that could be read while a block, a tile apart from its blocks, or the begin of an item is worked on
-_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 200_000
+# bytes that could be read while a block, or a tile apart from its blocks, is worked on
+_BLOCK_COST, _TILE_COST = 96, 1024
 _MOST_ROW_TILES = 4
 MOST_ROWS = _ROWS * _MOST_ROW_TILES
 
 _POINTERS = (
     "query",
-    "heads",
-    "fold",
-    "fold_shift",
-    "unfold",
-    "unfold_shift",
-    "folded",
+    "key_maps",
+    "value_maps",
     "items",
     "ranges",
     "seen",
@@ -65,7 +59,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scaling", "softcap")),
         *(
             (n, ctypes.c_int)
-            for n in ("head_count", "item_count", "rows", "queries", "first", "last", "after")
+            for n in ("head_count", "rows", "queries", "first", "last", "after")
         ),
     )
 
@@ -106,29 +100,24 @@ class Shape:
         return _ROWS * self.row_tiles
 
     @property
-    def folded(self) -> int:
-        """Words of a folded query: second operands, then what turns each row's sums into scores."""
-        return self.key_products * self.row_tiles * 64 + 4 * self.rows
+    def parts(self) -> int:
+        """16-bit floats that hold a number of a map together."""
+        return 1 if self.number == NUMBERS[torch.bfloat16] else 2
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return self.warps * (self.ring + _BARRIERS + 8 * self.rows) + 8 * self.folded + 3 * 4 * _ITEM + 16
-
-    @property
-    def fold_bytes(self) -> int:
-        """Dynamic shared memory of a block that folds queries."""
-        keys = CHUNK * self.key_blocks
-        return 4 * (self.rows * (self.head_dim + keys + 1) + _FOLD_WARPS * 512)
+        warp = self.ring + _BARRIERS + 8 * self.rows
+        return self.warps * warp + _ITEM + 256 * self.key_products * self.row_tiles + 16 * self.rows
 
     @property
     def least_ring(self) -> int:
         """What merges, which use the rings too, take of each."""
-        rows, values = self.rows, CHUNK * self.value_blocks
-        warps = self.warps * rows * (values + 8)
-        exact = rows * (self.head_dim * (self.warps + 1) + 2 * self.warps)
-        splits = rows * (values + 1 + _MOST_SPLITS) + 512 * self.warps
-        return 4 * max(warps, exact, splits) // self.warps
+        rows, values, warps = self.rows, CHUNK * self.value_blocks, self.warps
+        shares = max(1, 32 * warps // (rows * self.head_dim // 4))
+        coded = warps * rows * (values + 8) + (shares + 1) * rows * (self.head_dim + 2)
+        exact = rows * (self.head_dim * (warps + 1) + 2 * warps)
+        return -(-4 * max(coded, exact) // warps)
 
     def fitting(self, tile_bytes: int) -> "Shape":
         """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
@@ -174,10 +163,9 @@ class Exact:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Two launches: ``tensors`` are kept alive until they are queued."""
+    """One launch; ``tensors`` are kept alive until it is queued."""
 
     shape: Shape
-    batch: int
     grid: tuple[int, int, int]
     values: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
@@ -215,14 +203,14 @@ def token_ranges(  # noqa: PLR0913
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What launches of one size share: ``items`` [blocks, most, 24] as the kernel's ``Item``, and scratch.
+    """What launches of one size share: ``items`` [blocks, 24] as the kernel's ``Item``, and scratch.
 
     Launches that share scratch follow one another on one stream.
     """
 
     shape: Shape
+    maps: tuple[Tensor, Tensor]
     items: Tensor
-    folded: Tensor
     partial: Tensor
     masses: Tensor
 
@@ -233,11 +221,10 @@ class TileReader:
 
     sides: tuple[FoldedTiles, FoldedTiles]
     heads: Tensor
-    fold: Tensor
-    fold_shift: Tensor
     tiles: tuple[Tensor, ...]
     scaling: float
     setups: dict[tuple[Any, ...], "_Setup"] = field(default_factory=dict)
+    maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def largest(self) -> int:
@@ -257,13 +244,9 @@ class TileReader:
     @classmethod
     def of(cls, keys: TiledTokens, values: TiledTokens, scaling: float) -> "TileReader":
         """For the tiles of both sides, and scores that are scaled by ``scaling``."""
-        log2 = scaling * math.log2(math.e)
-        folded = keys.folded
         return cls(
-            (folded, values.folded),
-            _heads(keys, values).to(folded.matrix.device),
-            folded.matrix * log2,
-            folded.shift * log2,
+            (keys.folded, values.folded),
+            _heads(keys, values).to(keys.folded.matrix.device),
             (*keys.tiles, *values.tiles),
             scaling,
         )
@@ -291,7 +274,7 @@ class TileReader:
             ranges: as from ``token_ranges``, on q's device; None for all tokens up to a query's own.
             seen: without ranges, int32 [1]: tokens of a sequence, the queries' own included.
             after: without ranges, how many of the newest are queries of other launches.
-            workers: blocks of threads to share the work among; 0 for as many as the device runs at once.
+            workers: blocks of threads that run at once; 0 to ask the device.
             shape: settings of ``Shape``; without a ring, warps, ring and blocks are chosen to fit.
         """
         batch, query_heads, queries, dim = q.shape
@@ -308,12 +291,8 @@ class TileReader:
         setup = self.setups[key]
         tensors = {
             "query": q,
-            "heads": self.heads,
-            "fold": self.fold,
-            "fold_shift": self.fold_shift,
-            "unfold": self.sides[1].matrix,
-            "unfold_shift": self.sides[1].shift,
-            "folded": setup.folded,
+            "key_maps": setup.maps[0],
+            "value_maps": setup.maps[1],
             "items": setup.items,
             "ranges": None if ranges is None else ranges.contiguous(),
             "seen": seen,
@@ -328,7 +307,6 @@ class TileReader:
             "scaling": self.scaling,
             "softcap": 0.0 if softcap is None else softcap,
             "head_count": heads,
-            "item_count": setup.items.shape[1],
             "rows": rows,
             "queries": queries,
             "first": first,
@@ -339,7 +317,7 @@ class TileReader:
         alive = (*(t for t in tensors.values() if t is not None), *self.tiles)
         out = tensors["out"]
         assert out is not None
-        return Call(setup.shape, batch, (len(setup.items), 1, 1), {**pointers, **numbers}, alive, out)
+        return Call(setup.shape, (len(setup.items), 1, 1), {**pointers, **numbers}, alive, out)
 
     def _setup(
         self,
@@ -353,21 +331,24 @@ class TileReader:
     ) -> "_Setup":
         device = self.heads.device
         shape = self._shape(row_tiles, dtype, dict(given))
-        workers = min(workers or shape.blocks * _multiprocessors(device), _MOST_SPLITS - 1)
-        lists = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
-        most, slots = max(map(len, lists)), sum(map(len, lists))
-        none = Item(0, -1, 0, 0, 0, 0, 0)
-        rows = [[(*item, 0) for item in (*own, *[none] * (most - len(own)))] for own in lists]
-        items = torch.tensor(rows, dtype=torch.int32, device=device)
-        heads = self.heads.view(torch.int32)[items[..., 1].clamp_min(0)]
-        width = max(CHUNK * shape.value_blocks, shape.head_dim)
+        workers = workers or shape.blocks * _multiprocessors(device)
+        parts = schedule(self.costs, batch, tiles, workers, exact=exact)
+        items = torch.tensor([(*item, 0) for item in parts], dtype=torch.int32, device=device)
+        heads = self.heads.view(torch.int32)[items[:, 1]]
         return _Setup(
             shape,
+            self._maps(shape.parts),
             torch.cat([items, heads], dim=-1),
-            torch.empty((batch, len(self.heads), shape.folded), dtype=torch.int32, device=device),
-            torch.empty((slots, shape.rows, width), dtype=torch.float32, device=device),
-            torch.empty((slots, shape.rows, 2), dtype=torch.float32, device=device),
+            torch.empty((len(parts), shape.rows, shape.head_dim), dtype=torch.float32, device=device),
+            torch.empty((len(parts), shape.rows, 2), dtype=torch.float32, device=device),
         )
+
+    def _maps(self, parts: int) -> tuple[Tensor, Tensor]:
+        if parts not in self.maps:
+            keys, values = self.sides
+            log2 = self.scaling * math.log2(math.e)
+            self.maps[parts] = key_maps(keys, log2, parts), value_maps(values, parts)
+        return self.maps[parts]
 
     def _shape(self, row_tiles: int, dtype: torch.dtype, given: Mapping[str, int]) -> Shape:
         keys, values = self.sides
@@ -429,16 +410,11 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 def attend_tiles(call: Call) -> Tensor:
     """Queue a prepared call on the current stream; [B, Q, Hq, d]."""
-    fold, attend = _kernels(call.shape)
-    arguments = Arguments(**call.values)
-    fold.launch((call.values["head_count"], call.batch, 1), 32 * _FOLD_WARPS, arguments)
-    attend.launch(call.grid, 32 * call.shape.warps, arguments, overlapping=True)
+    kernel = _kernel(call.shape)
+    kernel.launch(call.grid, 32 * call.shape.warps, Arguments(**call.values))
     return call.out
 
 
 @lru_cache(maxsize=256)
-def _kernels(shape: Shape) -> tuple[Kernel, Kernel]:
-    return (
-        compiled(FOLD_SOURCES, "fold_queries", shape.macros(), shape.fold_bytes),
-        compiled(SOURCES, "attend_tiles", shape.macros(), shape.shared_bytes),
-    )
+def _kernel(shape: Shape) -> Kernel:
+    return compiled(SOURCES, "attend_tiles", shape.macros(), shape.shared_bytes)

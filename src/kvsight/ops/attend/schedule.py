@@ -1,7 +1,8 @@
-"""Which block of threads reads which tiles: slices of equal cost of one line, all heads one behind another.
+"""How heads are cut into parts that blocks of threads read, and in which order these begin.
 
-Heads have different widths, so equal numbers of tiles would not take equal time. A slice may end within a
-head and begin another; every such part is an item, and a head's items are merged by the last to finish.
+Heads have different widths, so equal numbers of tiles would not take equal time. A part belongs to one head;
+a head's parts are merged by the last to finish. A device runs some blocks at once and begins others as these
+end, so the largest parts come first.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 ONE = 1 << 20
 # a block of threads is worth its while from so many tiles
 _LEAST = 8
-_HALVINGS = 12
+_HALVINGS = 24
 
 
 class Item(NamedTuple):
@@ -31,67 +32,45 @@ class Item(NamedTuple):
 
 
 def schedule(
-    costs: Sequence[int], batch: int, tiles: int, workers: int, *, entry: int, exact: bool
-) -> list[list[Item]]:
-    """Items of at most ``workers`` blocks of threads; every head of every sequence is covered once.
+    costs: Sequence[int], batch: int, tiles: int, blocks: int, *, exact: bool, waves: float = 1
+) -> list[Item]:
+    """Parts in the order in which they should begin; every head of every sequence is covered once.
 
     Args:
         costs: of a tile of each KV head, in any unit.
         tiles: of each head of each sequence, about.
-        entry: cost of beginning with another head once one has ended.
+        blocks: of threads that run at once.
         exact: whether there are exact tokens.
+        waves: how many times more parts than blocks, about.
     """
-    workers = max(1, min(workers, -(-batch * len(costs) * tiles // _LEAST)))
-    spans = [(b, h, cost * tiles) for b in range(batch) for h, cost in enumerate(costs)]
-    low = sum(span for _, _, span in spans) / workers
-    high = low + entry * len(spans) / workers + max(span for _, _, span in spans)
+    counts = _counts([cost * tiles for cost in costs], batch, tiles, int(blocks * waves))
+    items: list[tuple[float, Item]] = []
+    slot = 0
+    for sequence in range(batch):
+        for head, (cost, count) in enumerate(zip(costs, counts, strict=True)):
+            cuts = [ONE * i // count for i in range(count + 1)]
+            for split in range(count):
+                place = sequence, head, split, count, slot
+                items.append((cost / count, Item(*place, cuts[split], cuts[split + 1])))
+            if exact:
+                items.append((0.0, Item(sequence, head, count, count, slot, 0, 0)))
+            slot += count + exact
+    # sorting keeps the order of equals
+    return [item for _, item in sorted(items, key=lambda pair: -pair[0])]
+
+
+def _counts(spans: Sequence[int], batch: int, tiles: int, blocks: int) -> list[int]:
+    """Parts of each head such that the largest is as small as ``blocks`` of them in all allow."""
+    most = max(1, tiles // _LEAST)
+    low, high = sum(spans) * batch / blocks, float(max(spans))
+    if low >= high:
+        return [1] * len(spans)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if len(_cut(spans, middle, entry)) <= workers else (middle, high)
-    parts = _cut(spans, high, entry)
-    counts: dict[tuple[int, int], int] = {}
-    for own in parts:
-        for sequence, head, _, _ in own:
-            counts[sequence, head] = counts.get((sequence, head), 0) + 1
-    slots, slot = {}, 0
-    for key, count in counts.items():
-        slots[key] = slot
-        slot += count + exact
-    out: list[list[Item]] = []
-    seen = dict.fromkeys(counts, 0)
-    for own in parts:
-        items: list[Item] = []
-        for sequence, head, start, stop in own:
-            key = sequence, head
-            items.append(Item(*key, seen[key], counts[key], slots[key], start, stop))
-            seen[key] += 1
-            if exact and stop == ONE:
-                items.append(Item(*key, counts[key], counts[key], slots[key], 0, 0))
-        if items:
-            out.append(items)
-    return out
+        few = batch * sum(_parts(span, middle, most) for span in spans) <= blocks
+        low, high = (low, middle) if few else (middle, high)
+    return [_parts(span, high, most) for span in spans]
 
 
-def _cut(
-    spans: Sequence[tuple[int, int, int]], capacity: float, entry: int
-) -> list[list[tuple[int, int, int, int]]]:
-    """Spans (sequence, head, cost) in order, cut so that no block has more than ``capacity`` to do.
-
-    Parts are (sequence, head, start, stop) in units of ``ONE``.
-    """
-    out: list[list[tuple[int, int, int, int]]] = [[]]
-    left = capacity
-    for sequence, head, cost in spans:
-        start = 0
-        while start < ONE:
-            if out[-1]:
-                left -= entry
-            if left * ONE < cost:
-                # less than the smallest part is left
-                out.append([])
-                left = capacity
-            stop = min(ONE, start + max(1, int(left * ONE / cost)))
-            out[-1].append((sequence, head, start, stop))
-            left -= (stop - start) * cost / ONE
-            start = stop
-    return out
+def _parts(span: int, largest: float, most: int) -> int:
+    return min(most, max(1, -int(-span // largest)))

@@ -1,11 +1,10 @@
 """What the tile kernel wants of a layer's codecs: scales, levels and transforms folded into two matrices.
 
-A score is linear in the bytes that the kernel masks out of a tile, so one matrix turns a query into the
-factor of every byte column, and another turns weighted sums of bytes into the output. Levels must be
-evenly spaced and widths equal within chunks. Maths: src/kvsight/ops/attend/README.md.
+Decoding is affine in the codes, so one matrix turns a query into the factor of every coordinate's codes,
+and another turns weighted sums of codes into the output. Levels must be evenly spaced and widths equal
+within chunks. Maths: src/kvsight/ops/attend/README.md.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from kvsight.errors import KVSightError
 from kvsight.formats import Row
 from kvsight.ops.attend.ref import Coded
-from kvsight.tiling import CHUNK, WIDTHS, Block, Rows, Tiling
+from kvsight.tiling import CHUNK, WIDTHS, Rows, Tiling
 
 _EVEN = 1e-4
 _BLOCKS = 4
@@ -25,9 +24,8 @@ _BLOCKS = 4
 class FoldedTiles:
     """One side of a layer; the same for every token and step.
 
-    Keys: q @ matrix[h] are the factors of a query's score, [H, d, columns]; ``shift`` [H, d] is what codes
-    of zero decode to. Values: sums @ matrix[h] is the output of weighted sums, [H, columns, d].
-    ``columns`` is 16 times ``blocks``.
+    Codes c [stored] of head h decode to c @ matrix[h] + shift[h]: [H, d, d], where rows behind the stored
+    coordinates are zero, and [H, d].
     """
 
     tilings: tuple[Tiling, ...]
@@ -36,7 +34,7 @@ class FoldedTiles:
 
     @property
     def blocks(self) -> int:
-        """Blocks that the matrix has room for."""
+        """The most blocks of any head, rounded up so that few kernels serve all layers."""
         return most_blocks(self.tilings)
 
 
@@ -66,15 +64,6 @@ def most_blocks(tilings: Sequence[Tiling]) -> int:
     return -(-most // _BLOCKS) * _BLOCKS
 
 
-def most_products(tilings: Sequence[Tiling]) -> int:
-    """The most matrix products that 16 tokens of any head's keys take; rounded up as blocks are."""
-    most = 1
-    for tiling in tilings:
-        n4, n2, n1 = tiling.counts
-        most = max(most, -(-n4 // 2) + -(-n2 // 2) + n1 // 4 * 2 + n1 % 4)
-    return -(-most // _BLOCKS) * _BLOCKS
-
-
 def fold(coded: Sequence[Coded], rows: Rows) -> FoldedTiles:
     """Fold the codecs of all heads of one side; ``rows`` are "tokens" for keys.
 
@@ -82,17 +71,9 @@ def fold(coded: Sequence[Coded], rows: Rows) -> FoldedTiles:
     """
     heads = {head: (part, i) for part in coded for i, head in enumerate(part.heads)}
     tilings = {id(part): tiling_of(part, rows) for part in coded}
-    order = [tilings[id(heads[head][0])] for head in sorted(heads)]
-    columns = CHUNK * most_blocks(order)
-    pairs = zip(sorted(heads), order, strict=True)
-    folded = [_fold_head(*heads[head], tiling, columns) for head, tiling in pairs]
-    matrices, shifts = zip(*folded, strict=True)
-    matrix = torch.stack(matrices)
-    return FoldedTiles(
-        tuple(order),
-        (matrix.mT if rows == "tokens" else matrix).contiguous(),
-        torch.stack(shifts),
-    )
+    order = tuple(tilings[id(heads[head][0])] for head in sorted(heads))
+    matrices, shifts = zip(*(_fold_head(*heads[head]) for head in sorted(heads)), strict=True)
+    return FoldedTiles(order, torch.stack(matrices), torch.stack(shifts))
 
 
 def tiling_of(coded: Coded, rows: Rows) -> Tiling:
@@ -122,29 +103,18 @@ def steps(coded: Coded) -> tuple[Tensor, Tensor] | None:
     return first, step
 
 
-def _fold_head(coded: Coded, head: int, tiling: Tiling, columns: int) -> tuple[Tensor, Tensor]:
-    """(columns x d, d) of one head, fp32."""
+def _fold_head(coded: Coded, head: int) -> tuple[Tensor, Tensor]:
+    """(d x d, d) of one head, fp32."""
     found = steps(coded)
     assert found is not None
     first, step = (t[min(head, len(t) - 1)] for t in found)
-    dim = coded.packed.format.dim
-    inverse = torch.eye(dim, device=first.device, dtype=torch.float64)[: tiling.stored]
+    dim, stored = coded.packed.format.dim, len(step)
+    inverse = torch.eye(dim, device=first.device, dtype=torch.float64)[:stored]
     if coded.folded.inverse is not None:
         inverse = coded.folded.inverse[min(head, len(coded.folded.inverse) - 1)].to(first)
     shift = first @ inverse
     if coded.folded.shift is not None:
         shift = shift + coded.folded.shift[min(head, len(coded.folded.shift) - 1)].to(first)
-    matrix = first.new_zeros(columns, dim)
-    for i, block in enumerate(tiling.blocks):
-        own = slice(CHUNK * block.chunk, CHUNK * (block.chunk + 1))
-        factor = step[own] * block_factor(block)
-        if tiling.rows == "coordinates":
-            # the high nibbles of a byte count sixteenfold
-            factor = torch.cat([factor[: CHUNK // 2], factor[CHUNK // 2 :] / 16])
-        matrix[CHUNK * i : CHUNK * (i + 1)] = factor.unsqueeze(-1) * inverse[own]
+    matrix = first.new_zeros(dim, dim)
+    matrix[:stored] = step.unsqueeze(-1) * inverse
     return matrix.float(), shift.float()
-
-
-def block_factor(block: Block) -> float:
-    """What one unit of a block's masked low nibble is worth in codes."""
-    return math.ldexp(1.0, block.low - block.size * (block.slot or 0))

@@ -2,22 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvsight.ops.attend.cuda import Exact, TiledTokens
 from kvsight.ops.attend.ref import merge_heads
-from kvsight.tiling import CHUNK, TOKENS, Tiling
-
-
-def byte_columns(codes: Tensor, tiling: Tiling, columns: int) -> Tensor:
-    """What the kernel masks out of tiles for codes [..., n, stored], int32 [..., n, columns]."""
-    out = codes.new_zeros(*codes.shape[:-1], columns, dtype=torch.int32)
-    for i, block in enumerate(tiling.blocks):
-        piece = codes[..., CHUNK * block.chunk : CHUNK * (block.chunk + 1)].int() >> block.low
-        value = (piece & (1 << block.size) - 1) << block.size * (block.slot or 0)
-        if tiling.rows == "coordinates":
-            value[..., CHUNK // 2 :] <<= 4
-        out[..., CHUNK * i : CHUNK * (i + 1)] = value
-    return out
+from kvsight.tiling import TOKENS
 
 
 def attend_tiles_ref(  # noqa: PLR0913
@@ -63,21 +52,22 @@ def attend_tiles_ref(  # noqa: PLR0913
     return out.reshape(batch, query_heads, queries, dim).transpose(1, 2).to(q.dtype)
 
 
-def _columns(side: TiledTokens, head: int, like: Tensor) -> Tensor:
-    """[B, 1, tokens, columns] of one head."""
+def _codes(side: TiledTokens, head: int, like: Tensor) -> Tensor:
+    """[B, 1, tokens, d] of one head; zero behind the stored coordinates."""
     tiling = side.folded.tilings[head]
     codes = tiling.unpack(side.tiles[head][:, : -(-side.tokens // TOKENS)])[:, : side.tokens]
-    return byte_columns(codes, tiling, CHUNK * side.folded.blocks).to(like.dtype).unsqueeze(1)
+    return pad(codes.to(like.dtype), (0, like.shape[-1] - codes.shape[-1])).unsqueeze(1)
 
 
 def _scores(rows: Tensor, keys: TiledTokens, head: int) -> Tensor:
-    folded = rows @ keys.folded.matrix[head].to(rows)
+    folded = rows @ keys.folded.matrix[head].mT.to(rows)
     offset = rows @ keys.folded.shift[head].to(rows)
-    return folded @ _columns(keys, head, rows).mT + offset.unsqueeze(-1)
+    return folded @ _codes(keys, head, rows).mT + offset.unsqueeze(-1)
 
 
 def _mix(weight: Tensor, values: TiledTokens, head: int) -> Tensor:
-    sums = weight @ _columns(values, head, weight) @ values.folded.matrix[head].to(weight)
+    matrix = values.folded.matrix[head].to(weight)
+    sums = weight @ _codes(values, head, matrix.unsqueeze(0)) @ matrix
     return sums + weight.sum(-1, keepdim=True) * values.folded.shift[head].to(weight)
 
 
