@@ -176,9 +176,10 @@ def measure(case: Case, bits: float, copy: float, options: dict[str, Any]) -> di
     held = [probe, *([filled(f, case, case.context) for f in folded] for _ in range(sets - 1))]
     scaling = case.dim**-0.5
     q = torch.randn(case.batch, case.heads * case.group, 1, case.dim, device="cuda", dtype=torch.bfloat16)
-    ranges = token_ranges(case.batch, 1, 0, case.context, 0).cuda()
+    # as a cache counts its tokens
+    seen = torch.tensor([case.context], dtype=torch.int32, device="cuda")
     readers = [TileReader.of(keys, values, scaling) for keys, values in held]
-    calls = [reader.call(q, case.context, ranges, **options) for reader in readers]
+    calls = [reader.call(q, case.context, None, seen=seen, **options) for reader in readers]
     ms = cold(lambda i: attend_tiles(calls[i % sets]))
     graph = replayed(lambda i: attend_tiles(calls[i % sets]), sets * max(1, 24 // sets))
     rate = nbytes / ms * 1e-9

@@ -18,6 +18,7 @@
 
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 using std::max;
 using std::min;
 #define INF INFINITY

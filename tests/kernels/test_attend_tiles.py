@@ -305,7 +305,7 @@ def test_shapes_fit_a_multiprocessor(dim, blocks, row_tiles):
 @pytest.mark.parametrize(("batch", "tiles"), [(1, 1), (1, 2048), (3, 9), (32, 64)])
 def test_schedules_cover_every_tile_once_largest_parts_first(batch, tiles, blocks, exact):
     costs = (900, 5000, 1, 3000)
-    items = schedule(costs, batch, tiles, blocks, exact=exact)
+    items = schedule(costs, batch, tiles, blocks, entry=50, exact=exact)
     seen = {}
     for item in items:
         seen.setdefault((item.sequence, item.head), []).append(item)
@@ -318,11 +318,11 @@ def test_schedules_cover_every_tile_once_largest_parts_first(batch, tiles, block
         assert [p.start for p in coded] == [0, *(p.stop for p in coded[:-1])] and coded[-1].stop == ONE
     assert sorted(i.slot + i.split for i in items) == list(range(len(items)))
     spent = [costs[i.head] * (i.stop - i.start) / ONE if i.split < i.coded else 0 for i in items]
-    assert all(a > 0.99 * b for a, b in pairwise(spent))
+    assert all(a >= b - 1 for a, b in pairwise(spent))
     heads, coded = batch * len(costs), sum(i.split < i.coded for i in items)
-    assert coded == heads or coded <= blocks
+    assert coded >= min(heads, blocks)
 
 
 def test_wider_heads_get_more_parts():
-    items = schedule((100, 300), 2, 3000, 16, exact=False)
+    items = schedule((100, 300), 2, 3000, 16, entry=1000, exact=False)
     assert [sum(i.head == h for i in items) for h in range(2)] == [4, 12]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.ops.attend.maps import key_maps, most_products, value_maps
+from kvsight.ops.attend.maps import chunk_tables, key_maps, most_products, value_maps
 from kvsight.ops.attend.schedule import schedule
 from kvsight.ops.attend.tiles import FoldedTiles
 from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, Kernel, compiled
@@ -25,10 +25,12 @@ _ROWS = 4
 _SHARED, _RESERVED = 228 * 1024, 1024
 # as much of it as a warp can put to use, its barriers and where its tiles begin; an item
 _RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 16, 96
+_STREAM = 32
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16
-# bytes that could be read while a block, or a tile apart from its blocks, is worked on
-_BLOCK_COST, _TILE_COST = 96, 1024
+# bytes that could be read while a block, a tile apart from its blocks, or a part apart from its tiles is
+# worked on
+_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 100_000
 _MOST_ROW_TILES = 4
 MOST_ROWS = _ROWS * _MOST_ROW_TILES
 
@@ -108,7 +110,8 @@ class Shape:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         warp = self.ring + _BARRIERS + 8 * self.rows
-        return self.warps * warp + _ITEM + 256 * self.key_products * self.row_tiles + 16 * self.rows
+        item = _ITEM + 2 * self.head_dim + _STREAM
+        return self.warps * warp + item + 256 * self.key_products * self.row_tiles + 16 * self.rows
 
     @property
     def least_ring(self) -> int:
@@ -203,7 +206,7 @@ def token_ranges(  # noqa: PLR0913
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What launches of one size share: ``items`` [blocks, 24] as the kernel's ``Item``, and scratch.
+    """What launches of one size share: ``items`` [blocks, words] as the kernel's ``Item``, and scratch.
 
     Launches that share scratch follow one another on one stream.
     """
@@ -332,7 +335,7 @@ class TileReader:
         device = self.heads.device
         shape = self._shape(row_tiles, dtype, dict(given))
         workers = workers or shape.blocks * _multiprocessors(device)
-        parts = schedule(self.costs, batch, tiles, workers, exact=exact)
+        parts = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
         items = torch.tensor([(*item, 0) for item in parts], dtype=torch.int32, device=device)
         heads = self.heads.view(torch.int32)[items[:, 1]]
         return _Setup(
@@ -376,7 +379,7 @@ def _listed(kinds: Sequence[tuple[int, int, int]]) -> str:
 
 
 def _heads(keys: TiledTokens, values: TiledTokens) -> Tensor:
-    """The kernel's ``Head`` of every KV head, int64 [H, 8]: addresses, strides, counts of blocks, kinds."""
+    """The kernel's ``Head`` of every KV head, int64 [H, words]."""
     rows: list[list[int]] = []
     listed = _kinds(keys.folded), _kinds(values.folded)
     for head in range(len(keys.tiles)):
@@ -386,7 +389,8 @@ def _heads(keys: TiledTokens, values: TiledTokens) -> Tensor:
         numbers = [*counts[0], *counts[1], *found]
         pairs = [numbers[i] | numbers[i + 1] << 32 for i in (0, 2, 4, 6)]
         rows.append([k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), *pairs])
-    return torch.tensor(rows, dtype=torch.int64)
+    tables = [chunk_tables(side.folded).cpu().view(torch.int64) for side in (keys, values)]
+    return torch.cat([torch.tensor(rows, dtype=torch.int64), *tables], dim=-1)
 
 
 def _coarse(tiles: int) -> int:

@@ -5,30 +5,25 @@
 
 constexpr int PARTS = NUMBER == 0 ? 1 : 2;
 
-// The blocks of a chunk of 16 coordinates, or -1: where they lie, and what a unit of them is worth in codes.
-struct Chunk {
-    int block0, block1;
-    float factor0, factor1;
-};
 constexpr int PIECE_BYTES = 512, PART_BYTES = CHUNKS * CHUNKS * PIECE_BYTES;
-constexpr int SCALES = PARTS * PART_BYTES, SHIFTS = SCALES + 4 * HEAD_DIM, BLOCKS_AT = SHIFTS + 4 * HEAD_DIM;
-constexpr int MAP_BYTES = BLOCKS_AT + 16 * CHUNKS;
+constexpr int SCALES = PARTS * PART_BYTES, SHIFTS = SCALES + 4 * HEAD_DIM, MAP_BYTES = SHIFTS + 4 * HEAD_DIM;
 // chunks of rows that a warp multiplies
 constexpr int MINE = (CHUNKS + WARPS - 1) / WARPS;
 
 struct Map {
     const uint8_t *at;
+    __device__ __forceinline__ const float *scales() const { return (const float *)(at + SCALES); }
     __device__ __forceinline__ const float *shift() const { return (const float *)(at + SHIFTS); }
-    __device__ __forceinline__ Chunk chunk(int i) const { return ((const Chunk *)(at + BLOCKS_AT))[i]; }
 };
 
 // Sixteen rows of a map.
 struct Operand {
     uint4 x[CHUNKS];
-    float2 scales;  // of rows g and g + 8
+    float2 scales, shift;  // of rows g and g + 8
     __device__ __forceinline__ void load(Map map, int chunk, int part) {
         const int row = 16 * chunk + threadIdx.x % LANES / 4;
-        scales = make_float2(((const float *)(map.at + SCALES))[row], ((const float *)(map.at + SCALES))[row + 8]);
+        scales = make_float2(map.scales()[row], map.scales()[row + 8]);
+        shift = make_float2(map.shift()[row], map.shift()[row + 8]);
         const uint4 *from = (const uint4 *)(map.at + part * PART_BYTES + chunk * CHUNKS * PIECE_BYTES);
 #pragma unroll
         for (int s = 0; s < CHUNKS; s++) x[s] = from[s * LANES + threadIdx.x % LANES];

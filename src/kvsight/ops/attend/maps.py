@@ -1,7 +1,7 @@
 """A layer's folded codecs as the tile kernel reads them: ``maps.cuh`` says what lies where."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,17 +10,26 @@ from kvsight.ops.attend.tiles import FoldedTiles
 from kvsight.tiling import CHUNK, Block, Tiling
 
 _BLOCKS = 4
+# blocks of a chunk
+_AT_MOST = 2
 
 
 def key_maps(keys: FoldedTiles, factor: float, parts: int) -> Tensor:
     """What turns queries into factors of codes, and into ``factor`` times scores: uint8 [H, bytes]."""
-    return _maps(keys.matrix * factor, keys.shift * factor, [_places(t) for t in keys.tilings], parts)
+    return _maps(keys.matrix * factor, keys.shift * factor, parts)
 
 
 def value_maps(values: FoldedTiles, parts: int) -> Tensor:
     """What turns weighted sums of codes into outputs: uint8 [H, bytes]."""
-    places = [dict(enumerate(tiling.blocks)) for tiling in values.tilings]
-    return _maps(values.matrix.mT, values.shift, places, parts)
+    return _maps(values.matrix.mT, values.shift, parts)
+
+
+def chunk_tables(side: FoldedTiles) -> Tensor:
+    """Where products have the blocks of every head's chunks: int32 [H, d / 16 · 4], as ``Chunk`` in ``tiles.cuh``."""
+    chunks = side.matrix.shape[-1] // CHUNK
+    tables = torch.tensor([[_entry(tiling, chunk) for chunk in range(chunks)] for tiling in side.tilings])
+    blocks, factors = tables.split(2, dim=-1)
+    return torch.cat([blocks.int(), factors.float().view(torch.int32)], dim=-1).flatten(1)
 
 
 def most_products(tilings: Sequence[Tiling]) -> int:
@@ -29,9 +38,8 @@ def most_products(tilings: Sequence[Tiling]) -> int:
     return -(-most // _BLOCKS) * _BLOCKS
 
 
-def _maps(matrix: Tensor, shift: Tensor, places: Sequence[dict[int, Block]], parts: int) -> Tensor:
-    """Maps with rows [H, d, d]; ``places`` of each head's blocks."""
-    chunks = matrix.shape[-1] // CHUNK
+def _maps(matrix: Tensor, shift: Tensor, parts: int) -> Tensor:
+    """Maps with rows [H, d, d]."""
     scale = matrix.abs().amax(-1, keepdim=True)
     rest = matrix / torch.where(scale > 0, scale, 1.0)
     bytes_: list[Tensor] = []
@@ -39,10 +47,7 @@ def _maps(matrix: Tensor, shift: Tensor, places: Sequence[dict[int, Block]], par
         half = rest.half()
         rest = rest - half
         bytes_.append(_operands(half))
-    tables = torch.tensor([_table(own, chunks) for own in places], device=matrix.device)
-    blocks, factors = tables.split(2, dim=-1)
-    table = torch.cat([blocks.int(), factors.float().view(torch.int32)], dim=-1)
-    numbers = [scale.squeeze(-1).float(), shift.float(), table]
+    numbers = [scale.squeeze(-1).float(), shift.float()]
     return torch.cat([x.contiguous().flatten(1).view(torch.uint8) for x in (*bytes_, *numbers)], dim=-1)
 
 
@@ -54,10 +59,12 @@ def _operands(matrix: Tensor) -> Tensor:
 
 
 def _places(tiling: Tiling) -> dict[int, Block]:
-    """Keys' blocks by where products of scores have them: twice the product, and its half.
+    """Blocks by where products have them. Values: by number. Keys: twice the product, and its half.
 
     Two blocks of a size share a product; left over ones of 1 bit have one each.
     """
+    if tiling.rows == "coordinates":
+        return dict(enumerate(tiling.blocks))
     out: dict[int, Block] = {}
     product = 0
     for size in (4, 2, 1):
@@ -72,16 +79,10 @@ def _places(tiling: Tiling) -> dict[int, Block]:
     return out
 
 
-def _table(places: dict[int, Block], chunks: int) -> list[list[float]]:
-    """Of each chunk: places of its blocks, or -1, and what a unit of them is worth in codes."""
-    return [list(_entry(places, chunk)) for chunk in range(chunks)]
-
-
-def _entry(places: dict[int, Block], chunk: int) -> Iterator[float]:
-    own = [(place, block) for place, block in places.items() if block.chunk == chunk]
-    assert len(own) <= 2  # noqa: PLR2004
-    yield from (own[i][0] if i < len(own) else -1 for i in range(2))
-    yield from (_worth(own[i][1]) if i < len(own) else 0.0 for i in range(2))
+def _entry(tiling: Tiling, chunk: int) -> list[float]:
+    own = [(place, block) for place, block in _places(tiling).items() if block.chunk == chunk]
+    places = [place for place, _ in own] + [-1] * (_AT_MOST - len(own))
+    return [*places, *(_worth(block) for _, block in own), *[0.0] * (_AT_MOST - len(own))]
 
 
 def _worth(block: Block) -> float:

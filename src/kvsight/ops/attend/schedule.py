@@ -5,6 +5,7 @@ a head's parts are merged by the last to finish. A device runs some blocks at on
 end, so the largest parts come first.
 """
 
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from typing import NamedTuple
 ONE = 1 << 20
 # a block of threads is worth its while from so many tiles
 _LEAST = 8
-_HALVINGS = 24
+# largest parts that are tried, as shares of what a block would have of all work
+_SIZES = (0.3, 0.4, 0.5, 0.62, 0.75, 0.88, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 
 
 class Item(NamedTuple):
@@ -32,7 +34,7 @@ class Item(NamedTuple):
 
 
 def schedule(
-    costs: Sequence[int], batch: int, tiles: int, blocks: int, *, exact: bool, waves: float = 1
+    costs: Sequence[int], batch: int, tiles: int, blocks: int, *, entry: int, exact: bool
 ) -> list[Item]:
     """Parts in the order in which they should begin; every head of every sequence is covered once.
 
@@ -40,18 +42,28 @@ def schedule(
         costs: of a tile of each KV head, in any unit.
         tiles: of each head of each sequence, about.
         blocks: of threads that run at once.
+        entry: what a part costs besides its tiles.
         exact: whether there are exact tokens.
-        waves: how many times more parts than blocks, about.
     """
-    counts = _counts([cost * tiles for cost in costs], batch, tiles, int(blocks * waves))
+    spans = [cost * tiles for cost in costs]
+    share = batch * sum(spans) / blocks
+    least = [min(1.0, _LEAST / tiles)] * len(spans)
+    tried = [
+        [_cuts(span, size * share, small, even) for span, small in zip(spans, least, strict=True)]
+        for size in _SIZES
+        for even in (True, False)
+    ]
+    best = min(tried, key=lambda cuts: _makespan(spans, cuts, batch, blocks, entry))
     items: list[tuple[float, Item]] = []
     slot = 0
     for sequence in range(batch):
-        for head, (cost, count) in enumerate(zip(costs, counts, strict=True)):
-            cuts = [ONE * i // count for i in range(count + 1)]
-            for split in range(count):
+        for head, (span, cuts) in enumerate(zip(spans, best, strict=True)):
+            count, start = len(cuts), 0.0
+            for split, part in enumerate(cuts):
                 place = sequence, head, split, count, slot
-                items.append((cost / count, Item(*place, cuts[split], cuts[split + 1])))
+                stop = ONE if split + 1 == count else round(ONE * (start + part))
+                items.append((span * part, Item(*place, round(ONE * start), stop)))
+                start += part
             if exact:
                 items.append((0.0, Item(sequence, head, count, count, slot, 0, 0)))
             slot += count + exact
@@ -59,18 +71,25 @@ def schedule(
     return [item for _, item in sorted(items, key=lambda pair: -pair[0])]
 
 
-def _counts(spans: Sequence[int], batch: int, tiles: int, blocks: int) -> list[int]:
-    """Parts of each head such that the largest is as small as ``blocks`` of them in all allow."""
-    most = max(1, tiles // _LEAST)
-    low, high = sum(spans) * batch / blocks, float(max(spans))
-    if low >= high:
-        return [1] * len(spans)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        few = batch * sum(_parts(span, middle, most) for span in spans) <= blocks
-        low, high = (low, middle) if few else (middle, high)
-    return [_parts(span, high, most) for span in spans]
+def _cuts(span: int, largest: float, least: float, even: bool) -> list[float]:
+    """Shares of a head in parts of at most about ``largest``: equal ones, or full ones and a rest."""
+    if not even:
+        full = max(largest / span, least)
+        count = int(1 / full)
+        rest = 1 - count * full
+        if count and rest >= max(least, 0.05 * full):
+            return [full] * count + [rest]
+        return [1 / max(count, 1)] * max(count, 1)
+    count = max(1, min(-int(-span // largest), int(1 / least)))
+    return [1 / count] * count
 
 
-def _parts(span: int, largest: float, most: int) -> int:
-    return min(most, max(1, -int(-span // largest)))
+def _makespan(
+    spans: Sequence[int], cuts: Sequence[Sequence[float]], batch: int, blocks: int, entry: int
+) -> float:
+    """When the last part ends if each block takes the largest part that is left."""
+    one = [span * part + entry for span, parts in zip(spans, cuts, strict=True) for part in parts]
+    ends = [0.0] * blocks
+    for size in sorted(one * batch, reverse=True):
+        heapq.heapreplace(ends, ends[0] + size)
+    return max(ends)

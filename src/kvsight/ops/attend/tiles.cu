@@ -15,31 +15,9 @@ constexpr float HEADROOM = 15.98f, TARGET = 13.f;
 // threads that add up parts for the same four numbers of a row, and parts that each of them reads at once
 constexpr int QUADS = ROWS * HEAD_DIM / 4, SHARES = QUADS < THREADS ? THREADS / QUADS : 1, AT_ONCE = 8;
 
-// Shared memory of a block. Rings are free before the first tile and behind the last.
-struct Memory {
-    unsigned char *rings, *ring;  // of all warps, and of this one
-    uint64_t *barriers;           // of the warp: MOST_STAGES for keys, as many for values
-    uint8_t *fragments;           // folded query: second operands of the products of scores
-    Row *rows;                    // [ROWS]
-    float *work;                  // [2, WARPS, ROWS]
-    const uint8_t **tiles;        // [2]: where the sequence's keys and values begin, for the warp's first lane
-    int total;                    // as in `visible`
-
-    // after the loop
-    __device__ __forceinline__ float *sums() const { return (float *)rings; }  // [WARPS, ROWS, SPREAD]
-    // [SHARES + 1, ROWS, HEAD_DIM]: parts added up by each share, exact tokens; their masses [SHARES + 1, ROWS]
-    __device__ __forceinline__ float *merged() const { return sums() + WARPS * ROWS * SPREAD; }
-    __device__ __forceinline__ float2 *tops() const { return (float2 *)(merged() + (SHARES + 1) * ROWS * HEAD_DIM); }
-};
-
 __device__ __forceinline__ int key_words(const Head &h) { return 4 * h.key4 + 2 * h.key2 + h.key1; }
 __device__ __forceinline__ int value_words(const Head &h) { return 4 * h.value4 + 2 * h.value2 + h.value1; }
 
-// A slot of a ring: where it lies, and the barrier that its copies complete on.
-__device__ __forceinline__ void fill(void *slot, const uint8_t *from, int bytes, uint64_t *barrier) {
-    barrier_expect(barrier, bytes);
-    if (bytes) copy_bulk(slot, from, bytes, barrier);
-}
 // A part of a head's tokens as the warps of a block read it: each takes every WARPS-th tile.
 struct Stream {
     int begin, end, key_bytes, value_bytes, stages;
@@ -55,6 +33,30 @@ struct Stream {
     __device__ __forceinline__ int stage_bytes() const { return key_bytes + value_bytes; }
     __device__ __forceinline__ int tiles(int warp) const { return max(0, (end - begin - warp + WARPS - 1) / WARPS); }
 };
+
+// Shared memory of a block. Rings are free before the first tile and behind the last.
+struct Memory {
+    unsigned char *rings, *ring;  // of all warps, and of this one
+    uint64_t *barriers;           // of the warp: MOST_STAGES for keys, as many for values
+    uint8_t *fragments;           // folded query: second operands of the products of scores
+    Row *rows;                    // [ROWS]
+    float *work;                  // [2, WARPS, ROWS]
+    const uint8_t **tiles;        // [2]: where the sequence's keys and values begin, for the warp's first lane
+    Stream *stream;
+    int total;                    // as in `visible`
+
+    // after the loop
+    __device__ __forceinline__ float *sums() const { return (float *)rings; }  // [WARPS, ROWS, SPREAD]
+    // [SHARES + 1, ROWS, HEAD_DIM]: parts added up by each share, exact tokens; their masses [SHARES + 1, ROWS]
+    __device__ __forceinline__ float *merged() const { return sums() + WARPS * ROWS * SPREAD; }
+    __device__ __forceinline__ float2 *tops() const { return (float2 *)(merged() + (SHARES + 1) * ROWS * HEAD_DIM); }
+};
+
+// A slot of a ring: where it lies, and the barrier that its copies complete on.
+__device__ __forceinline__ void fill(void *slot, const uint8_t *from, int bytes, uint64_t *barrier) {
+    barrier_expect(barrier, bytes);
+    if (bytes) copy_bulk(slot, from, bytes, barrier);
+}
 __device__ __forceinline__ void fill_ring(const Item &item, const Stream &stream, const Memory &m, int warp) {
     const uint8_t *keys = item.h.keys + item.sequence * item.h.key_batch;
     const uint8_t *values = item.h.values + item.sequence * item.h.value_batch;
@@ -99,11 +101,11 @@ struct Queries {
         return __uint_as_float((exponent + 1) << 23);
     }
     // What codes of zero score, for row g / 2.
-    __device__ __forceinline__ float times(const float *shift) const {
+    __device__ __forceinline__ float times(const float4 *shift) const {
         float sum = 0.f;
 #pragma unroll
         for (int s = 0; s < CHUNKS; s++) {
-            const float4 y = *(const float4 *)(shift + 16 * s + threadIdx.x % 4 * 4);
+            const float4 y = shift[s];
             sum = fmaf(number_in(x[s], 0), y.x, sum), sum = fmaf(number_in(x[s], 1), y.y, sum);
             sum = fmaf(number_in(x[s], 2), y.z, sum), sum = fmaf(number_in(x[s], 3), y.w, sum);
         }
@@ -124,14 +126,14 @@ __device__ __forceinline__ void store_factors(uint8_t *fragments, int block, int
 }
 
 // The queries in the coordinates of the codes: 16-bit fixed point, split into two bytes, in the order in which tensor
-// cores read second operands. `queries` are the first four rows, `operand` belongs to the warp's first chunk.
+// cores read second operands. `queries` are the first four rows, `operand` belongs to the warp's first chunk, and the
+// first warp has of the `shift` what its lanes have of the queries.
 __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &item, const Memory &m, Map map,
-                                             const Number *query, Queries &queries, Operand &operand) {
+                                             const Number *query, Queries &queries, Operand &operand,
+                                             const float4 *shift) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
-    Chunk chunks[MINE];
+    const Chunk *chunks = item.h.key_chunks + warp;
     float2 x[MINE][ROW_TILES];
-#pragma unroll
-    for (int i = 0; i < MINE; i++) chunks[i] = map.chunk(min(warp + i * WARPS, CHUNKS - 1));
     for (int i = threadIdx.x; i < FRAGMENTS; i += THREADS) ((uint32_t *)m.fragments)[i] = 0;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
@@ -146,14 +148,14 @@ __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &ite
             if (MINE > 1 && (i > 0 || n > 0)) operand.load(map, chunk, 0);
             const float2 y = multiply(map, chunk, operand, columns);
             x[i][n] = make_float2(y.x * down, y.y * down);
-            const float worth = fmaxf(chunks[i].factor0, chunks[i].factor1);
+            const float worth = fmaxf(chunks[i * WARPS].factor0, chunks[i * WARPS].factor1);
             most = fmaxf(most, fmaxf(fabsf(x[i][n].x), fabsf(x[i][n].y)) * worth);
         }
 #pragma unroll
         for (int step = 4; step < LANES; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
         if (g == 0) m.work[warp * ROWS + 4 * n + t] = most;
         if (warp == 0) {
-            const float offset = queries.times(map.shift());
+            const float offset = queries.times(shift);
             const int row = 4 * n + lane / 8;
             const Range range = visible(a, m.total, item.sequence, row < a.rows ? row % a.queries : 0);
             if (lane % 8 == 0) m.rows[row] = {0.f, offset, range.coded0, range.coded1};
@@ -170,12 +172,32 @@ __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &ite
         for (int i = 0; i < MINE; i++) {
             if (warp + i * WARPS >= CHUNKS) continue;
             const float low = x[i][n].x * inverse, high = x[i][n].y * inverse;
-            const Chunk &c = chunks[i];
+            const Chunk &c = chunks[i * WARPS];
             if (c.block0 >= 0) store_factors(m.fragments, c.block0, n, low * c.factor0, high * c.factor0);
             if (c.block1 >= 0) store_factors(m.fragments, c.block1, n, low * c.factor1, high * c.factor1);
         }
     }
     __syncthreads();
+}
+
+// What comes before the first tile. Not inlined, so that the loop gets registers of its own.
+__device__ __noinline__ void begin(const Arguments &a, const Item &item, const Memory m) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const Map map = {a.key_maps + (long long)item.head * MAP_BYTES};
+    const Number *query = a.query + ((long long)item.sequence * a.head_count + item.head) * a.rows * HEAD_DIM;
+    Queries queries;
+    Operand operand;
+    float4 shift[CHUNKS];
+    // these would wait behind tiles
+    queries.load(query, 0, a.rows);
+    operand.load(map, min(warp, CHUNKS - 1), 0);
+    if (warp == 0)
+#pragma unroll
+        for (int s = 0; s < CHUNKS; s++) shift[s] = *(const float4 *)(map.shift() + 16 * s + lane % 4 * 4);
+    const Stream stream(a, item, m.total);
+    if (threadIdx.x == 0) *m.stream = stream;
+    if (lane == 0) fill_ring(item, stream, m, warp);
+    fold_queries(a, item, m, map, query, queries, operand, shift);
 }
 
 __device__ __forceinline__ float capped(float score, float cap) {
@@ -199,19 +221,9 @@ __device__ __forceinline__ void store_sums(float *row, const int *c, bool both) 
 __device__ void attend_codes(const Arguments &a, const Item &item, const Memory &m, float *part, float2 *masses) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const Head &h = item.h;
-    const Map key_map = {a.key_maps + (long long)item.head * MAP_BYTES};
-    const Stream stream(a, item, m.total);
+    begin(a, item, m);
+    const Stream stream = *m.stream;
     const int mine = stream.tiles(warp);
-    {
-        const Number *query = a.query + ((long long)item.sequence * a.head_count + item.head) * a.rows * HEAD_DIM;
-        Queries queries;
-        Operand operand;
-        // before the first tiles, so that they do not wait behind them
-        queries.load(query, 0, a.rows);
-        operand.load(key_map, min(warp, CHUNKS - 1), 0);
-        if (lane == 0) fill_ring(item, stream, m, warp);
-        fold_queries(a, item, m, key_map, query, queries, operand);
-    }
     const Row *rows = m.rows + t;
     const int kinds = h.key_kind | h.value_kind << 16;
     float reference[ROW_TILES], mass[ROW_TILES];
@@ -301,13 +313,10 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
 #pragma unroll
         for (int b = 0; b < VALUE_BLOCKS; b++) store_sums(row + 16 * b, o.sum[n][b], b < h.value4);
     }
-    const Map value_map = {a.value_maps + (long long)item.head * MAP_BYTES};
-    Chunk chunk;
-    if (threadIdx.x < QUADS) chunk = value_map.chunk(threadIdx.x % (HEAD_DIM / 4) / 4);
     __syncthreads();
     for (int i = threadIdx.x; i < QUADS; i += THREADS) {
         const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
-        if (i >= THREADS) chunk = value_map.chunk(column / 16);
+        const Chunk chunk = h.value_chunks[column / 16];
         float top = NOTHING, total = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) top = fmaxf(top, warp_mass[(WARPS + w) * ROWS + row]);
@@ -508,7 +517,7 @@ __device__ __forceinline__ void unfold(const Arguments &a, const Item &item, con
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int column = 16 * chunk + g + 8 * half;
-                float y = fmaf(out.codes, map.shift()[column], half ? product.y : product.x);
+                float y = fmaf(out.codes, half ? operand.shift.y : operand.shift.x, half ? product.y : product.x);
                 if (exact) y = fmaf(out.exact, merged[(SHARES * ROWS + row) * HEAD_DIM + column], y);
                 to[column] = rounded(y);
             }
@@ -524,7 +533,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     Row *rows = (Row *)(fragments + 4 * FRAGMENTS);
     float *work = (float *)(rows + ROWS);
     const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, fragments, rows, work,
-                      (const uint8_t **)(work + 2 * WARPS * ROWS) + 2 * warp, a.ranges ? 0 : *a.seen};
+                      (const uint8_t **)(work + 2 * WARPS * ROWS) + 2 * warp,
+                      (Stream *)((const uint8_t **)(work + 2 * WARPS * ROWS) + 2 * WARPS), a.ranges ? 0 : *a.seen};
     if (threadIdx.x < sizeof(Item) / 16)
         ((int4 *)&item)[threadIdx.x] = ((const int4 *)(a.items + blockIdx.x))[threadIdx.x];
     if (lane < 2 * MOST_STAGES) barrier_init(m.barriers + lane);
@@ -560,7 +570,7 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
 }
 
 #ifndef EMULATED
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tiles(const Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_tiles(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) unsigned char memory[];
     attend_block(a, memory);
 }

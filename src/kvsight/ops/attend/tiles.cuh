@@ -16,6 +16,11 @@ constexpr int FRAGMENTS = KEY_PRODUCTS * ROW_TILES * LANES * 2;
 constexpr float QUERY_RANGE = KEY_BLOCKS > 16 ? 32500.f * 16 / KEY_BLOCKS : 32500.f;
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 
+// The blocks of a chunk of 16 coordinates, or -1: where products have them, and what a unit of them is worth in codes.
+struct Chunk {
+    int block0, block1;
+    float factor0, factor1;
+};
 // One KV head. Counts of blocks are of 4, 2 and 1 bits; tiles of a sequence lie one after another.
 struct Head {
     const uint8_t *keys, *values;
@@ -23,6 +28,7 @@ struct Head {
     int key4, key2, key1;
     int value4, value2, value1;
     int key_kind, value_kind;
+    Chunk key_chunks[CHUNKS], value_chunks[CHUNKS];
 };
 // What one block of threads does, part of a KV head's tokens: its coded tiles from `from` to `to` in units of 2^-20
 // of them all, or, where split == coded, its exact tokens. Partial results of a head lie behind one another from
