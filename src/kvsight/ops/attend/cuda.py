@@ -25,12 +25,12 @@ _ROWS = 4
 _SHARED, _RESERVED = 228 * 1024, 1024
 # as much of it as a warp can put to use, its barriers and where its tiles begin; an item
 _RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 16, 96
-_STREAM = 32
+_STREAM, _MOST_STAGES = 32, 8
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16
 # bytes that could be read while a block, a tile apart from its blocks, or a part apart from its tiles is
 # worked on
-_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 1024, 100_000
+_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 2048, 200_000
 _MOST_ROW_TILES = 4
 MOST_ROWS = _ROWS * _MOST_ROW_TILES
 
@@ -121,6 +121,14 @@ class Shape:
         coded = warps * rows * (values + 8) + (shares + 1) * rows * (self.head_dim + 2)
         exact = rows * (self.head_dim * (warps + 1) + 2 * warps)
         return -(-4 * max(coded, exact) // warps)
+
+    def stages(self, keys: int, values: int) -> int:
+        """How many tiles of so many bytes a ring holds: of keys, and of values times 2^16."""
+        counts = [max(1, min(_MOST_STAGES, self.ring // max(keys + values, 1)))] * 2
+        for i, size in enumerate((keys, values)):
+            if counts[i] < _MOST_STAGES and counts[0] * keys + counts[1] * values + size <= self.ring:
+                counts[i] += 1
+        return counts[0] | counts[1] << 16
 
     def fitting(self, tile_bytes: int) -> "Shape":
         """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
@@ -336,7 +344,9 @@ class TileReader:
         shape = self._shape(row_tiles, dtype, dict(given))
         workers = workers or shape.blocks * _multiprocessors(device)
         parts = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
-        items = torch.tensor([(*item, 0) for item in parts], dtype=torch.int32, device=device)
+        stages = [shape.stages(k.nbytes, v.nbytes) for k, v in zip(*(s.tilings for s in self.sides), strict=True)]
+        rows = [(*item, stages[item.head]) for item in parts]
+        items = torch.tensor(rows, dtype=torch.int32, device=device)
         heads = self.heads.view(torch.int32)[items[:, 1]]
         return _Setup(
             shape,

@@ -18,21 +18,19 @@ constexpr int QUADS = ROWS * HEAD_DIM / 4, SHARES = QUADS < THREADS ? THREADS / 
 __device__ __forceinline__ int key_words(const Head &h) { return 4 * h.key4 + 2 * h.key2 + h.key1; }
 __device__ __forceinline__ int value_words(const Head &h) { return 4 * h.value4 + 2 * h.value2 + h.value1; }
 
-// A part of a head's tokens as the warps of a block read it: each takes every WARPS-th tile.
+// A part of a head's tokens as the warps of a block read it: each takes every WARPS-th tile. Its ring has slots for
+// keys, then slots for values.
 struct Stream {
-    int begin, end, key_bytes, value_bytes, stages;
-    __device__ __forceinline__ Stream(const Arguments &a, const Item &item, int total) {
-        const int from = visible(a, total, item.sequence, 0).coded0;
-        const int to = visible(a, total, item.sequence, a.queries - 1).coded1;
-        const int tile0 = from / TOKENS, tiles = max(0, (to + TOKENS - 1) / TOKENS - tile0);
-        begin = tile0 + (int)((long long)tiles * item.from >> 20);
-        end = tile0 + (int)((long long)tiles * item.to >> 20);
-        key_bytes = 128 * key_words(item.h), value_bytes = 128 * value_words(item.h);
-        stages = max(1, min(MOST_STAGES, RING / max(stage_bytes(), 1)));
-    }
-    __device__ __forceinline__ int stage_bytes() const { return key_bytes + value_bytes; }
+    int begin, end, key_bytes, value_bytes, key_stages, value_stages;
     __device__ __forceinline__ int tiles(int warp) const { return max(0, (end - begin - warp + WARPS - 1) / WARPS); }
 };
+__device__ __forceinline__ Stream stream_of(const Arguments &a, const Item &item, int total) {
+    const int from = visible(a, total, item.sequence, 0).coded0;
+    const int to = visible(a, total, item.sequence, a.queries - 1).coded1;
+    const int tile0 = from / TOKENS, tiles = max(0, (to + TOKENS - 1) / TOKENS - tile0);
+    return {tile0 + (int)((long long)tiles * item.from >> 20), tile0 + (int)((long long)tiles * item.to >> 20),
+            128 * key_words(item.h), 128 * value_words(item.h), item.stages & 0xffff, item.stages >> 16};
+}
 
 // Shared memory of a block. Rings are free before the first tile and behind the last.
 struct Memory {
@@ -57,18 +55,12 @@ __device__ __forceinline__ void fill(void *slot, const uint8_t *from, int bytes,
     barrier_expect(barrier, bytes);
     if (bytes) copy_bulk(slot, from, bytes, barrier);
 }
-__device__ __forceinline__ void fill_ring(const Item &item, const Stream &stream, const Memory &m, int warp) {
-    const uint8_t *keys = item.h.keys + item.sequence * item.h.key_batch;
-    const uint8_t *values = item.h.values + item.sequence * item.h.value_batch;
-    m.tiles[0] = keys, m.tiles[1] = values;
+// First tiles of keys, or of values.
+__device__ __forceinline__ void fill_slots(unsigned char *slots, const uint8_t *from, int bytes, int count,
+                                           uint64_t *barriers) {
 #pragma unroll 1
-    for (int n = 0; n < min(stream.stages, stream.tiles(warp)); n++) {
-        const long long tile = stream.begin + warp + n * WARPS;
-        unsigned char *slot = m.ring + n * stream.stage_bytes();
-        fill(slot, keys + tile * stream.key_bytes, stream.key_bytes, m.barriers + n);
-        fill(slot + stream.key_bytes, values + tile * stream.value_bytes, stream.value_bytes,
-             m.barriers + MOST_STAGES + n);
-    }
+    for (int n = 0; n < count; n++)
+        fill(slots + n * bytes, from + (long long)n * WARPS * bytes, bytes, barriers + n);
 }
 
 // Four rows of queries as they lie in memory: of 16 numbers, lane 4g + t has 4t to 4t + 3 of row g / 2.
@@ -194,10 +186,21 @@ __device__ __noinline__ void begin(const Arguments &a, const Item &item, const M
     if (warp == 0)
 #pragma unroll
         for (int s = 0; s < CHUNKS; s++) shift[s] = *(const float4 *)(map.shift() + 16 * s + lane % 4 * 4);
-    const Stream stream(a, item, m.total);
+    const Stream stream = stream_of(a, item, m.total);
+    const Head &h = item.h;
+    const int tiles = stream.tiles(warp), first = stream.begin + warp;
     if (threadIdx.x == 0) *m.stream = stream;
-    if (lane == 0) fill_ring(item, stream, m, warp);
+    if (lane == 0) {
+        m.tiles[0] = h.keys + item.sequence * h.key_batch, m.tiles[1] = h.values + item.sequence * h.value_batch;
+        fill_slots(m.ring, m.tiles[0] + (long long)first * stream.key_bytes, stream.key_bytes,
+                   min(stream.key_stages, tiles), m.barriers);
+    }
     fold_queries(a, item, m, map, query, queries, operand, shift);
+    // not before, as more requests than these would keep the fold waiting
+    if (lane == 0)
+        fill_slots(m.ring + stream.key_stages * stream.key_bytes,
+                   m.tiles[1] + (long long)first * stream.value_bytes, stream.value_bytes,
+                   min(stream.value_stages, tiles), m.barriers + MOST_STAGES);
 }
 
 __device__ __forceinline__ float capped(float score, float cap) {
@@ -222,7 +225,7 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const Head &h = item.h;
     begin(a, item, m);
-    const Stream stream = *m.stream;
+    const Stream &stream = *m.stream;  // in shared memory: the loop has no registers left
     const int mine = stream.tiles(warp);
     const Row *rows = m.rows + t;
     const int kinds = h.key_kind | h.value_kind << 16;
@@ -235,16 +238,18 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
     }
 
     uint32_t phases = 0;
-    int stage = 0, token = (stream.begin + warp) * TOKENS;
+    int key_stage = 0, value_stage = 0, token = (stream.begin + warp) * TOKENS;
     for (int n = 0; n < mine; n++, token += WARPS * TOKENS) {
-        unsigned char *tile = m.ring + stage * stream.stage_bytes();
-        const bool more = lane == 0 && n + stream.stages < mine;
+        unsigned char *keys = m.ring + key_stage * stream.key_bytes;
         Scores s;
-        barrier_wait(m.barriers + stage, phases >> stage & 1);
-        score_kind(kinds & 0xffff, s, tile, (const uint2 *)m.fragments + lane, lane);
+        barrier_wait(m.barriers + key_stage, phases >> key_stage & 1);
+        score_kind(kinds & 0xffff, s, keys, (const uint2 *)m.fragments + lane, lane);
         __syncwarp();
-        const int next = token / TOKENS + stream.stages * WARPS;
-        if (more) fill(tile, m.tiles[0] + (long long)next * stream.key_bytes, stream.key_bytes, m.barriers + stage);
+        if (lane == 0 && n + stream.key_stages < mine)
+            fill(keys, m.tiles[0] + (long long)(token / TOKENS + stream.key_stages * WARPS) * stream.key_bytes,
+                 stream.key_bytes, m.barriers + key_stage);
+        phases ^= 1u << key_stage;
+        key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
         Weights p;
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
@@ -288,14 +293,15 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
                 p[r][j] = transpose8x8(__byte_perm(__float_as_uint(y0), __float_as_uint(y1), 0x4051));
             }
         }
-        barrier_wait(m.barriers + MOST_STAGES + stage, phases >> stage & 1);
-        mix_kind(kinds >> 16, o, tile + stream.key_bytes, p, lane);
+        unsigned char *values = m.ring + stream.key_stages * stream.key_bytes + value_stage * stream.value_bytes;
+        barrier_wait(m.barriers + MOST_STAGES + value_stage, phases >> (MOST_STAGES + value_stage) & 1);
+        mix_kind(kinds >> 16, o, values, p, lane);
         __syncwarp();
-        if (more)
-            fill(tile + stream.key_bytes, m.tiles[1] + (long long)next * stream.value_bytes, stream.value_bytes,
-                 m.barriers + MOST_STAGES + stage);
-        phases ^= 1u << stage;
-        stage = stage + 1 == stream.stages ? 0 : stage + 1;
+        if (lane == 0 && n + stream.value_stages < mine)
+            fill(values, m.tiles[1] + (long long)(token / TOKENS + stream.value_stages * WARPS) * stream.value_bytes,
+                 stream.value_bytes, m.barriers + MOST_STAGES + value_stage);
+        phases ^= 1u << (MOST_STAGES + value_stage);
+        value_stage = value_stage + 1 == stream.value_stages ? 0 : value_stage + 1;
     }
     __syncthreads();
 

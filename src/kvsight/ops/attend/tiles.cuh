@@ -32,9 +32,9 @@ struct Head {
 };
 // What one block of threads does, part of a KV head's tokens: its coded tiles from `from` to `to` in units of 2^-20
 // of them all, or, where split == coded, its exact tokens. Partial results of a head lie behind one another from
-// `slot`.
+// `slot`. Rings hold `stages` tiles of keys (low 16 bits) and of values.
 struct Item {
-    int sequence, head, split, coded, slot, from, to, unused;
+    int sequence, head, split, coded, slot, from, to, stages;
     Head h;
 };
 // Visible tokens of one query token: exact first ones, coded ones, exact last ones; each from, to. Later queries
