@@ -271,12 +271,13 @@ inline float from_half(uint16_t bits) {
     memcpy(&h, &bits, 2);
     return (float)h;
 }
-inline uint16_t to_half(float x) {
-    _Float16 h = (_Float16)x;
-    uint16_t bits;
-    memcpy(&bits, &h, 2);
+inline uint32_t two_halves(float low, float high) {
+    _Float16 h[] = {(_Float16)low, (_Float16)high};
+    uint32_t bits;
+    memcpy(&bits, h, 4);
     return bits;
 }
+inline float reciprocal(float x) { return 1.f / x; }
 // mma.m16n8k16 of 16-bit floats
 inline void mma_half(float *d, uint4 a, uint32_t b0, uint32_t b1) {
     using namespace emulator;
@@ -307,5 +308,5 @@ inline uint16_t to_bits(float x) {
 }
 #elif NUMBER == 1
 inline float from_bits(uint16_t bits) { return from_half(bits); }
-inline uint16_t to_bits(float x) { return to_half(x); }
+inline uint16_t to_bits(float x) { return (uint16_t)two_halves(x, 0.f); }
 #endif

@@ -29,15 +29,16 @@ __device__ __forceinline__ uint16_t to_bits(float x) {
 #if NUMBER == 2
 typedef float Number;
 typedef float4 Quad;
-__device__ __forceinline__ float number_in(const Quad &x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+__device__ __forceinline__ float4 numbers(const Quad &x) { return x; }
 __device__ __forceinline__ float number(float x) { return x; }
 __device__ __forceinline__ float rounded(float x) { return x; }
 #else
 typedef uint16_t Number;
 typedef uint2 Quad;
 __device__ __forceinline__ float number(uint16_t x) { return from_bits(x); }
-__device__ __forceinline__ float number_in(const Quad &x, int i) {
-    return from_bits((uint16_t)((i < 2 ? x.x : x.y) >> i % 2 * 16));
+__device__ __forceinline__ float4 numbers(const Quad &x) {
+    return make_float4(from_bits((uint16_t)x.x), from_bits((uint16_t)(x.x >> 16)), from_bits((uint16_t)x.y),
+                       from_bits((uint16_t)(x.y >> 16)));
 }
 __device__ __forceinline__ uint16_t rounded(float x) { return to_bits(x); }
 #endif

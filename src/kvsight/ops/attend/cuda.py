@@ -78,6 +78,7 @@ class Shape:
     value_kinds: tuple[tuple[int, int, int], ...]
     row_tiles: int
     number: int
+    softcap: bool = False
     warps: int = 8
     ring: int = 0
     blocks: int = 1
@@ -92,6 +93,7 @@ class Shape:
             ("VALUE_KINDS", _listed(self.value_kinds)),
             ("ROW_TILES", self.row_tiles),
             ("NUMBER", self.number),
+            ("SOFTCAP", int(self.softcap)),
             ("WARPS", self.warps),
             ("RING", self.ring),
             ("BLOCKS", self.blocks),
@@ -110,7 +112,7 @@ class Shape:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         warp = self.ring + _BARRIERS + 8 * self.rows
-        item = _ITEM + 2 * self.head_dim + _STREAM
+        item = _ITEM + 2 * self.head_dim + _STREAM + 2 * self.parts * self.rows * self.head_dim
         return self.warps * warp + item + 256 * self.key_products * self.row_tiles + 16 * self.rows
 
     @property
@@ -296,7 +298,8 @@ class TileReader:
             raise KVSightError(f"a launch takes {MOST_ROWS} query rows a KV head; got {rows}.")
         first, last = (0, 0) if exact is None else (exact.first_keys.shape[2], exact.last_keys.shape[2])
         tiles = _coarse(max(1, -(-tokens // TOKENS) - skip // TOKENS))
-        key = batch, row_tiles, q.dtype, tiles, first + last > 0, workers, tuple((shape or {}).items())
+        settings = (("softcap", bool(softcap)), *(shape or {}).items())
+        key = batch, row_tiles, q.dtype, tiles, first + last > 0, workers, settings
         if key not in self.setups:
             self.setups[key] = self._setup(*key)
         setup = self.setups[key]

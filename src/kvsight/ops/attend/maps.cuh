@@ -1,7 +1,6 @@
 // Linear maps of head_dim numbers on tensor cores: a query into the coordinates of the codes, sums of codes into the
 // output. A map lies in 16 x 16 pieces in the order of first operands, as 16-bit floats whose rows were scaled to
-// their range; numbers finer than bf16 get a second map of what those leave. Rows of second operands are split into two such
-// numbers, so they lose nothing.
+// their range. Numbers finer than bf16 get a second map of what those leave, and second operands are split, too.
 
 constexpr int PARTS = NUMBER == 0 ? 1 : 2;
 
@@ -29,33 +28,40 @@ struct Operand {
         for (int s = 0; s < CHUNKS; s++) x[s] = from[s * LANES + threadIdx.x % LANES];
     }
 };
-// Four rows of numbers as columns: row g / 2, the numbers themselves where g is even, what they leave where it is odd.
-struct Columns {
-    uint32_t b[CHUNKS][2];
-    __device__ __forceinline__ void set(int s, const float *y) {
-        const bool rest = threadIdx.x / 4 % 2;
-        uint16_t half[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            half[e] = to_half(y[e]);
-            if (rest) half[e] = to_half(y[e] - from_half(half[e]));
-        }
-        b[s][0] = half[0] | (uint32_t)half[1] << 16, b[s][1] = half[2] | (uint32_t)half[3] << 16;
-    }
-};
+// Rows of numbers as second operands: 16-bit floats [SPLITS, ROWS, HEAD_DIM] in shared memory, and what those leave.
+constexpr int SPLITS = NUMBER == 0 ? 1 : 2;
 
-// Numbers g and g + 8 of sixteen rows of the map times row t, times their scales. `operand` has the first part.
-__device__ __forceinline__ float2 multiply(Map map, int chunk, const Operand &operand, const Columns &columns) {
+__device__ __forceinline__ void store_halves(uint16_t *halves, int row, int column, float4 y) {
+#pragma unroll
+    for (int part = 0; part < SPLITS; part++) {
+        const uint2 pair = {two_halves(y.x, y.y), two_halves(y.z, y.w)};
+        *(uint2 *)(halves + (part * ROWS + row) * HEAD_DIM + column) = pair;
+        y.x -= from_half((uint16_t)pair.x), y.y -= from_half((uint16_t)(pair.x >> 16));
+        y.z -= from_half((uint16_t)pair.y), y.w -= from_half((uint16_t)(pair.y >> 16));
+    }
+}
+
+// Numbers g and g + 8 of sixteen rows of the map times rows 4n + t, times their scales. `operand` has the first part.
+__device__ __forceinline__ float2 multiply(Map map, int chunk, const Operand &operand, const uint16_t *halves, int n) {
+    const int lane = threadIdx.x % LANES, g = lane / 4;
+    // row g / 2; where numbers are split, what is left where g is odd
+    const uint16_t *from = halves + (g % 2 * (SPLITS - 1) * ROWS + 4 * n + g / 2) * HEAD_DIM + lane % 4 * 4;
     float sum[2][4] = {};
 #pragma unroll
-    for (int s = 0; s < CHUNKS; s++) mma_half(sum[s % 2], operand.x[s], columns.b[s][0], columns.b[s][1]);
+    for (int s = 0; s < CHUNKS; s++) {
+        const uint2 b = *(const uint2 *)(from + 16 * s);
+        mma_half(sum[s % 2], operand.x[s], b.x, b.y);
+    }
     if (PARTS == 2) {
         Operand more;
         more.load(map, chunk, 1);
 #pragma unroll
-        for (int s = 0; s < CHUNKS; s++) mma_half(sum[s % 2], more.x[s], columns.b[s][0], columns.b[s][1]);
+        for (int s = 0; s < CHUNKS; s++) {
+            const uint2 b = *(const uint2 *)(from + 16 * s);
+            mma_half(sum[s % 2], more.x[s], b.x, b.y);
+        }
     }
-    const float low = sum[0][0] + sum[1][0] + (sum[0][1] + sum[1][1]);
-    const float high = sum[0][2] + sum[1][2] + (sum[0][3] + sum[1][3]);
+    float low = sum[0][0] + sum[1][0], high = sum[0][2] + sum[1][2];
+    if (SPLITS == 2) low += sum[0][1] + sum[1][1], high += sum[0][3] + sum[1][3];
     return make_float2(low * operand.scales.x, high * operand.scales.y);
 }

@@ -14,6 +14,8 @@ constexpr int SPREAD = VALUES + 8;
 constexpr float HEADROOM = 15.98f, TARGET = 13.f;
 // threads that add up parts for the same four numbers of a row, and parts that each of them reads at once
 constexpr int QUADS = ROWS * HEAD_DIM / 4, SHARES = QUADS < THREADS ? THREADS / QUADS : 1, AT_ONCE = 8;
+// numbers of a row that a lane has, in fours
+constexpr int PIECES = (HEAD_DIM + 127) / 128;
 
 __device__ __forceinline__ int key_words(const Head &h) { return 4 * h.key4 + 2 * h.key2 + h.key1; }
 __device__ __forceinline__ int value_words(const Head &h) { return 4 * h.value4 + 2 * h.value2 + h.value1; }
@@ -38,6 +40,7 @@ struct Memory {
     uint64_t *barriers;           // of the warp: MOST_STAGES for keys, as many for values
     uint8_t *fragments;           // folded query: second operands of the products of scores
     Row *rows;                    // [ROWS]
+    uint16_t *halves;             // what is mapped before the loop, and behind it (maps.cuh)
     float *work;                  // [2, WARPS, ROWS]
     const uint8_t **tiles;        // [2]: where the sequence's keys and values begin, for the warp's first lane
     Stream *stream;
@@ -63,46 +66,43 @@ __device__ __forceinline__ void fill_slots(unsigned char *slots, const uint8_t *
         fill(slots + n * bytes, from + (long long)n * WARPS * bytes, bytes, barriers + n);
 }
 
-// Four rows of queries as they lie in memory: of 16 numbers, lane 4g + t has 4t to 4t + 3 of row g / 2.
-struct Queries {
-    Quad x[CHUNKS];
-    __device__ __forceinline__ void load(const Number *query, int first_row, int rows) {
-        const int lane = threadIdx.x % LANES, row = first_row + lane / 8;
+// What a warp has of one query row: four numbers a lane of every 128, and what codes of zero decode to.
+struct Query {
+    Quad x[PIECES];
+    float4 shift[PIECES];
+    __device__ __forceinline__ void load(const Number *query, const float *shifts, int row, int rows) {
 #pragma unroll
-        for (int s = 0; s < CHUNKS; s++)
-            x[s] = row < rows ? *(const Quad *)(query + row * HEAD_DIM + 16 * s + lane % 4 * 4) : Quad{};
+        for (int i = 0; i < PIECES; i++) {
+            const int column = 128 * i + threadIdx.x % LANES * 4;
+            const bool real = row < rows && column < HEAD_DIM;
+            x[i] = real ? *(const Quad *)(query + row * HEAD_DIM + column) : Quad{};
+            shift[i] = column < HEAD_DIM ? *(const float4 *)(shifts + column) : make_float4(0.f, 0.f, 0.f, 0.f);
+        }
     }
-    // Makes columns of rows that are scaled to range by a power of two; returns what was scaled away.
-    __device__ __forceinline__ float columns(Columns &to) const {
-        float most = 0.f;
+    // Stores the row, scaled to range by a power of two, and leaves what was scaled away and what codes of zero score.
+    __device__ __forceinline__ void store(const Memory &m, int row) const {
+        float most = 0.f, offset = 0.f;
 #pragma unroll
-        for (int s = 0; s < CHUNKS; s++)
+        for (int i = 0; i < PIECES; i++) {
+            const float4 y = numbers(x[i]);
+            most = fmaxf(most, fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w))));
+            offset = fmaf(y.x, shift[i].x, fmaf(y.y, shift[i].y, fmaf(y.z, shift[i].z, fmaf(y.w, shift[i].w, offset))));
+        }
 #pragma unroll
-            for (int e = 0; e < 4; e++) most = fmaxf(most, fabsf(number_in(x[s], e)));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        for (int step = 1; step < LANES; step *= 2) {
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+            offset += __shfl_xor_sync(~0u, offset, step);
+        }
         const uint32_t exponent = min(max(__float_as_uint(most) >> 23, 1u), 252u);
         const float up = __uint_as_float((253 - exponent) << 23);
 #pragma unroll
-        for (int s = 0; s < CHUNKS; s++) {
-            float y[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) y[e] = number_in(x[s], e) * up;
-            to.set(s, y);
+        for (int i = 0; i < PIECES; i++) {
+            const int column = 128 * i + threadIdx.x % LANES * 4;
+            float4 y = numbers(x[i]);
+            y.x *= up, y.y *= up, y.z *= up, y.w *= up;
+            if (column < HEAD_DIM) store_halves(m.halves, row, column, y);
         }
-        return __uint_as_float((exponent + 1) << 23);
-    }
-    // What codes of zero score, for row g / 2.
-    __device__ __forceinline__ float times(const float4 *shift) const {
-        float sum = 0.f;
-#pragma unroll
-        for (int s = 0; s < CHUNKS; s++) {
-            const float4 y = shift[s];
-            sum = fmaf(number_in(x[s], 0), y.x, sum), sum = fmaf(number_in(x[s], 1), y.y, sum);
-            sum = fmaf(number_in(x[s], 2), y.z, sum), sum = fmaf(number_in(x[s], 3), y.w, sum);
-        }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        return sum + __shfl_xor_sync(~0u, sum, 2);
+        m.rows[row].factor = __uint_as_float((exponent + 1) << 23), m.rows[row].offset = offset;
     }
 };
 
@@ -118,27 +118,22 @@ __device__ __forceinline__ void store_factors(uint8_t *fragments, int block, int
 }
 
 // The queries in the coordinates of the codes: 16-bit fixed point, split into two bytes, in the order in which tensor
-// cores read second operands. `queries` are the first four rows, `operand` belongs to the warp's first chunk, and the
-// first warp has of the `shift` what its lanes have of the queries.
+// cores read second operands. `operand` belongs to the warp's first chunk.
 __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &item, const Memory &m, Map map,
-                                             const Number *query, Queries &queries, Operand &operand,
-                                             const float4 *shift) {
+                                             Operand &operand) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const Chunk *chunks = item.h.key_chunks + warp;
     float2 x[MINE][ROW_TILES];
-    for (int i = threadIdx.x; i < FRAGMENTS; i += THREADS) ((uint32_t *)m.fragments)[i] = 0;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
-        if (n > 0) queries.load(query, 4 * n, a.rows);
-        Columns columns;
-        const float down = __shfl_sync(~0u, queries.columns(columns), 8 * t);
+        const float down = m.rows[4 * n + t].factor;
         float most = 0.f;
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             const int chunk = warp + i * WARPS;
             if (chunk >= CHUNKS) continue;
             if (MINE > 1 && (i > 0 || n > 0)) operand.load(map, chunk, 0);
-            const float2 y = multiply(map, chunk, operand, columns);
+            const float2 y = multiply(map, chunk, operand, m.halves, n);
             x[i][n] = make_float2(y.x * down, y.y * down);
             const float worth = fmaxf(chunks[i * WARPS].factor0, chunks[i * WARPS].factor1);
             most = fmaxf(most, fmaxf(fabsf(x[i][n].x), fabsf(x[i][n].y)) * worth);
@@ -146,27 +141,30 @@ __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &ite
 #pragma unroll
         for (int step = 4; step < LANES; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
         if (g == 0) m.work[warp * ROWS + 4 * n + t] = most;
-        if (warp == 0) {
-            const float offset = queries.times(shift);
-            const int row = 4 * n + lane / 8;
-            const Range range = visible(a, m.total, item.sequence, row < a.rows ? row % a.queries : 0);
-            if (lane % 8 == 0) m.rows[row] = {0.f, offset, range.coded0, range.coded1};
-        }
     }
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
-        float most = 0.f;
+        float most = 1e-30f;
+#pragma unroll 2
         for (int w = 0; w < WARPS; w++) most = fmaxf(most, m.work[w * ROWS + 4 * n + t]);
-        const float inverse = most > 0.f ? QUERY_RANGE / most : 0.f;
-        if (warp == 0 && g == 0) m.rows[4 * n + t].factor = most / QUERY_RANGE;
+        const float inverse = QUERY_RANGE * reciprocal(most);
+        if (warp == 0 && g == 0) {
+            const int row = 4 * n + t;
+            const Range range = visible(a, m.total, item.sequence, row < a.rows ? row % a.queries : 0);
+            m.rows[row] = {most / QUERY_RANGE, m.rows[row].offset, range.coded0, range.coded1};
+        }
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             if (warp + i * WARPS >= CHUNKS) continue;
             const float low = x[i][n].x * inverse, high = x[i][n].y * inverse;
             const Chunk &c = chunks[i * WARPS];
-            if (c.block0 >= 0) store_factors(m.fragments, c.block0, n, low * c.factor0, high * c.factor0);
-            if (c.block1 >= 0) store_factors(m.fragments, c.block1, n, low * c.factor1, high * c.factor1);
+#pragma unroll 1
+            for (int b = 0; b < 2; b++) {
+                const int block = b ? c.block1 : c.block0;
+                const float factor = b ? c.factor1 : c.factor0;
+                if (block >= 0) store_factors(m.fragments, block, n, low * factor, high * factor);
+            }
         }
     }
     __syncthreads();
@@ -176,16 +174,12 @@ __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &ite
 __device__ __noinline__ void begin(const Arguments &a, const Item &item, const Memory m) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const Map map = {a.key_maps + (long long)item.head * MAP_BYTES};
-    const Number *query = a.query + ((long long)item.sequence * a.head_count + item.head) * a.rows * HEAD_DIM;
-    Queries queries;
+    const Number *rows = a.query + ((long long)item.sequence * a.head_count + item.head) * a.rows * HEAD_DIM;
+    Query query;
     Operand operand;
-    float4 shift[CHUNKS];
     // these would wait behind tiles
-    queries.load(query, 0, a.rows);
+    query.load(rows, map.shift(), warp, a.rows);
     operand.load(map, min(warp, CHUNKS - 1), 0);
-    if (warp == 0)
-#pragma unroll
-        for (int s = 0; s < CHUNKS; s++) shift[s] = *(const float4 *)(map.shift() + 16 * s + lane % 4 * 4);
     const Stream stream = stream_of(a, item, m.total);
     const Head &h = item.h;
     const int tiles = stream.tiles(warp), first = stream.begin + warp;
@@ -195,19 +189,22 @@ __device__ __noinline__ void begin(const Arguments &a, const Item &item, const M
         fill_slots(m.ring, m.tiles[0] + (long long)first * stream.key_bytes, stream.key_bytes,
                    min(stream.key_stages, tiles), m.barriers);
     }
-    fold_queries(a, item, m, map, query, queries, operand, shift);
-    // not before, as more requests than these would keep the fold waiting
-    if (lane == 0)
-        fill_slots(m.ring + stream.key_stages * stream.key_bytes,
-                   m.tiles[1] + (long long)first * stream.value_bytes, stream.value_bytes,
-                   min(stream.value_stages, tiles), m.barriers + MOST_STAGES);
+    for (int i = threadIdx.x; i < FRAGMENTS / 4; i += THREADS) ((int4 *)m.fragments)[i] = {};
+    for (int row = warp; row < ROWS; row += WARPS) {
+        if (row > warp) query.load(rows, map.shift(), row, a.rows);
+        query.store(m, row);
+    }
+    __syncthreads();
+    fold_queries(a, item, m, map, operand);
 }
 
+#if SOFTCAP
 __device__ __forceinline__ float capped(float score, float cap) {
     // cap · tanh(score / cap), all in log2 units
     float e = exp2_fast(2.f * LOG2E * fabsf(score) / cap);
     return copysignf(cap * (1.f - 2.f / (e + 1.f)), score);
 }
+#endif
 
 __device__ __forceinline__ void add(float4 &sum, float weight, const float4 &x) {
     sum.x = fmaf(x.x, weight, sum.x), sum.y = fmaf(x.y, weight, sum.y);
@@ -248,6 +245,11 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         if (lane == 0 && n + stream.key_stages < mine)
             fill(keys, m.tiles[0] + (long long)(token / TOKENS + stream.key_stages * WARPS) * stream.key_bytes,
                  stream.key_bytes, m.barriers + key_stage);
+        // not before, as keys would wait behind them
+        if (n == 0 && lane == 0)
+            fill_slots(m.ring + stream.key_stages * stream.key_bytes,
+                       m.tiles[1] + (long long)(stream.begin + warp) * stream.value_bytes, stream.value_bytes,
+                       min(stream.value_stages, mine), m.barriers + MOST_STAGES);
         phases ^= 1u << key_stage;
         key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
         Weights p;
@@ -261,11 +263,12 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
                 x[j][0] = fmaf((float)(c[0] * 256 + c[1]), row.factor, row.offset);
                 x[j][1] = fmaf((float)(c[2] * 256 + c[3]) * 0.0625f, row.factor, row.offset);
             }
-            if (a.softcap > 0.f)
+#if SOFTCAP
 #pragma unroll
-                for (int j = 0; j < GROUPS; j++)
-                    x[j][0] = capped(x[j][0], a.softcap * LOG2E), x[j][1] = capped(x[j][1], a.softcap * LOG2E);
-            if (token < row.from || token + TOKENS > row.to)
+            for (int j = 0; j < GROUPS; j++)
+                x[j][0] = capped(x[j][0], a.softcap * LOG2E), x[j][1] = capped(x[j][1], a.softcap * LOG2E);
+#endif
+            if (__builtin_expect(token < row.from || token + TOKENS > row.to, 0))
 #pragma unroll
                 for (int j = 0; j < GROUPS; j++)
 #pragma unroll
@@ -275,7 +278,7 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
                     }
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) most = fmaxf(most, fmaxf(x[j][0], x[j][1]));
-            if (__any_sync(~0u, most - reference[r] > HEADROOM)) {
+            if (__builtin_expect(__any_sync(~0u, most - reference[r] > HEADROOM), 0)) {
 #pragma unroll
                 for (int step = 4; step < LANES; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
                 const float next = most - reference[r] > HEADROOM ? most - TARGET : reference[r];
@@ -324,10 +327,10 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
         const Chunk chunk = h.value_chunks[column / 16];
         float top = NOTHING, total = 0.f;
-#pragma unroll
+#pragma unroll 2
         for (int w = 0; w < WARPS; w++) top = fmaxf(top, warp_mass[(WARPS + w) * ROWS + row]);
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
+#pragma unroll 2
         for (int w = 0; w < WARPS; w++) {
             const float weight = exp2_fast(warp_mass[(WARPS + w) * ROWS + row] - top);
             total = fmaf(warp_mass[w * ROWS + row], weight, total);
@@ -380,7 +383,9 @@ __device__ void attend_exact(const Arguments &a, const Item &item, const Memory 
                 if (lane + e * LANES < HEAD_DIM) x = fmaf(k[e], query[r * HEAD_DIM + lane + e * LANES], x);
 #pragma unroll
             for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-            if (a.softcap > 0.f) x = capped(x, a.softcap * LOG2E);
+#if SOFTCAP
+            x = capped(x, a.softcap * LOG2E);
+#endif
             const Range range = visible(a, m.total, sequence, r < a.rows ? r % a.queries : 0);
             const bool seen = early ? at >= range.first0 && at < range.first1 : at >= range.last0 && at < range.last1;
             if (!seen) continue;
@@ -458,73 +463,62 @@ __device__ __forceinline__ void gather(const Arguments &a, const Item &item, con
     }
 }
 
-// What the shares, and exact tokens, weigh in a row of the output, and all coded tokens together.
-struct Portions {
-    float share[SHARES], exact, codes;
-    __device__ __forceinline__ Portions(const Arguments &a, const Item &item, const float2 *tops, int shares,
-                                        bool has_exact, int row) {
-        const int group = a.rows / a.queries;
+// Sums of codes of `shares` of threads, and exact tokens: normalised, as second operands.
+__device__ __forceinline__ void normalise(const Arguments &a, const Item &item, const Memory &m, int shares,
+                                          bool exact) {
+    const float *merged = m.merged();
+    const float2 *tops = m.tops();
+    const int group = a.rows / a.queries;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < QUADS; i += THREADS) {
+        const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
         const bool real = row < a.rows, has_sink = real && a.sink_logits;
         const float sink = has_sink ? a.sink_logits[item.head * group + row / a.queries] * LOG2E : NOTHING;
-        float top = sink, total = 0.f;
-#pragma unroll
-        for (int s = 0; s < SHARES; s++) top = s < shares ? fmaxf(top, tops[s * ROWS + row].x) : top;
-        if (has_exact) top = fmaxf(top, tops[SHARES * ROWS + row].x);
-        codes = exact = 0.f;
-#pragma unroll
-        for (int s = 0; s < SHARES; s++) {
-            share[s] = s < shares ? exp2_fast(tops[s * ROWS + row].x - top) : 0.f;
-            if (s < shares) codes = fmaf(tops[s * ROWS + row].y, share[s], codes);
+        const float2 kept = exact ? tops[SHARES * ROWS + row] : make_float2(NOTHING, 0.f);
+        float top = fmaxf(sink, kept.x), codes = 0.f;
+#pragma unroll 1
+        for (int s = 0; s < shares; s++) top = fmaxf(top, tops[s * ROWS + row].x);
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+        for (int s = 0; s < shares; s++) {
+            const float weight = exp2_fast(tops[s * ROWS + row].x - top);
+            codes = fmaf(tops[s * ROWS + row].y, weight, codes);
+            add(sum, weight, *(const float4 *)&merged[(s * ROWS + row) * HEAD_DIM + column]);
         }
-        total = codes;
-        if (has_exact) {
-            exact = exp2_fast(tops[SHARES * ROWS + row].x - top);
-            total = fmaf(tops[SHARES * ROWS + row].y, exact, total);
-        }
-        if (has_sink) total += exp2_fast(sink - top);
+        const float exact_weight = exact ? exp2_fast(kept.x - top) : 0.f;
+        const float total = fmaf(kept.y, exact_weight, codes) + (has_sink ? exp2_fast(sink - top) : 0.f);
         const float inverse = total > 0.f && real ? 1.f / total : 0.f;
-#pragma unroll
-        for (int s = 0; s < SHARES; s++) share[s] *= inverse;
-        exact *= inverse, codes *= inverse;
+        sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
+        store_halves(m.halves, row, column, sum);
+        // what coded and exact tokens weigh
+        if (column == 0) m.rows[row].factor = codes * inverse, m.rows[row].offset = exact_weight * inverse;
     }
-};
+}
 
-// Sums of codes of `shares` of threads, mapped to head_dim. `operand` belongs to the warp's first chunk.
-__device__ __forceinline__ void unfold(const Arguments &a, const Item &item, const Memory &m, int shares, bool exact,
-                                       Map map, Operand &operand) {
+// Normalised sums of codes, mapped to head_dim. `operand` belongs to the warp's first chunk.
+__device__ __forceinline__ void unfold(const Arguments &a, const Item &item, const Memory &m, bool exact, Map map,
+                                       Operand &operand) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
-    const float *merged = m.merged();
     const int group = a.rows / a.queries;
 #pragma unroll 1
     for (int n = 0; n < ROW_TILES; n++) {
-        const int from_row = 4 * n + g / 2, row = 4 * n + t;
-        const Portions own(a, item, m.tops(), shares, exact, from_row), out(a, item, m.tops(), shares, exact, row);
-        Columns columns;
-#pragma unroll
-        for (int s = 0; s < CHUNKS; s++) {
-            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-            for (int k = 0; k < SHARES; k++)
-                if (k < shares)
-                    add(sum, own.share[k],
-                        *(const float4 *)&merged[(k * ROWS + from_row) * HEAD_DIM + 16 * s + 4 * t]);
-            const float y[4] = {sum.x, sum.y, sum.z, sum.w};
-            columns.set(s, y);
-        }
+        const int row = 4 * n + t;
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             const int chunk = warp + i * WARPS;
             if (chunk >= CHUNKS) continue;
             if (MINE > 1 && (i > 0 || n > 0)) operand.load(map, chunk, 0);
-            const float2 product = multiply(map, chunk, operand, columns);
+            const float2 product = multiply(map, chunk, operand, m.halves, n);
             if (row >= a.rows) continue;
             const long long token = (long long)item.sequence * a.queries + row % a.queries;
             Number *to = a.out + (token * a.head_count * group + item.head * group + row / a.queries) * HEAD_DIM;
+            const float *kept = m.merged() + (SHARES * ROWS + row) * HEAD_DIM;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int column = 16 * chunk + g + 8 * half;
-                float y = fmaf(out.codes, half ? operand.shift.y : operand.shift.x, half ? product.y : product.x);
-                if (exact) y = fmaf(out.exact, merged[(SHARES * ROWS + row) * HEAD_DIM + column], y);
+                float y = half ? product.y : product.x;
+                y = fmaf(m.rows[row].factor, half ? operand.shift.y : operand.shift.x, y);
+                if (exact) y = fmaf(m.rows[row].offset, kept[column], y);
                 to[column] = rounded(y);
             }
         }
@@ -537,8 +531,9 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     Item &item = *(Item *)(barriers + WARPS * 2 * MOST_STAGES);
     uint8_t *fragments = (uint8_t *)(&item + 1);
     Row *rows = (Row *)(fragments + 4 * FRAGMENTS);
-    float *work = (float *)(rows + ROWS);
-    const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, fragments, rows, work,
+    uint16_t *halves = (uint16_t *)(rows + ROWS);
+    float *work = (float *)(halves + SPLITS * ROWS * HEAD_DIM);
+    const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, fragments, rows, halves, work,
                       (const uint8_t **)(work + 2 * WARPS * ROWS) + 2 * warp,
                       (Stream *)((const uint8_t **)(work + 2 * WARPS * ROWS) + 2 * WARPS), a.ranges ? 0 : *a.seen};
     if (threadIdx.x < sizeof(Item) / 16)
@@ -572,7 +567,9 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
         gather(a, item, m, exact);
         __syncthreads();
     }
-    unfold(a, item, m, alone ? 1 : SHARES, exact, map, operand);
+    normalise(a, item, m, alone ? 1 : SHARES, exact);
+    __syncthreads();
+    unfold(a, item, m, exact, map, operand);
 }
 
 #ifndef EMULATED

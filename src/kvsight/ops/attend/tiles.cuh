@@ -6,6 +6,7 @@
 //   ROW_TILES         query rows of a KV head in fours
 //   WARPS, RING       warps of a block, and bytes of shared memory that each of them streams through
 //   BLOCKS            blocks of threads that should fit one multiprocessor
+//   SOFTCAP           whether scores are capped (0, 1)
 //   NUMBER            type of queries, exact tokens and output (numbers.cuh)
 
 constexpr int LANES = 32, TOKENS = 64, GROUPS = 4, THREADS = WARPS * LANES;
@@ -61,7 +62,7 @@ struct Arguments {
     float *partial;              // [slots, ROWS, HEAD_DIM]
     float2 *masses;              // [slots, ROWS]: reference, sum
     unsigned *done;              // [B, heads], zero
-    float scaling, softcap;      // of natural scores; softcap 0 is none
+    float scaling, softcap;      // of natural scores
     int head_count, rows, queries, first, last;
     int after;                   // newer query tokens than this launch has
 };
