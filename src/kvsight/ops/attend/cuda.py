@@ -23,8 +23,8 @@ SOURCES = (NUMBERS_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
 _ROWS = 4
 # what a multiprocessor has of shared memory, and what every block takes of it unasked
 _SHARED, _RESERVED = 228 * 1024, 1024
-# as much of it as a warp can put to use, its barriers and where its tiles begin; an item
-_RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 16, 96
+# as much of it as a warp can put to use, its barriers and feeds; an item
+_RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 32, 96
 _STREAM, _MOST_STAGES = 32, 8
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16

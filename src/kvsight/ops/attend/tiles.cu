@@ -34,6 +34,18 @@ __device__ __forceinline__ Stream stream_of(const Arguments &a, const Item &item
             128 * key_words(item.h), 128 * value_words(item.h), item.stages & 0xffff, item.stages >> 16};
 }
 
+// What one side of a warp's ring is filled from: the next tile, and how many are left.
+struct alignas(16) Feed {
+    const uint8_t *from;
+    int bytes, left;
+    __device__ __forceinline__ void next(void *slot, uint64_t *barrier) {
+        const Feed now = *this;
+        barrier_expect(barrier, now.bytes);
+        if (now.bytes) copy_bulk(slot, now.from, now.bytes, barrier);
+        from = now.from + WARPS * now.bytes, left = now.left - 1;
+    }
+};
+
 // Shared memory of a block. Rings are free before the first tile and behind the last.
 struct Memory {
     unsigned char *rings, *ring;  // of all warps, and of this one
@@ -42,7 +54,7 @@ struct Memory {
     Row *rows;                    // [ROWS]
     uint16_t *halves;             // what is mapped before the loop, and behind it (maps.cuh)
     float *work;                  // [2, WARPS, ROWS]
-    const uint8_t **tiles;        // [2]: where the sequence's keys and values begin, for the warp's first lane
+    Feed *feeds;                  // [2] of the warp: keys, values
     Stream *stream;
     int total;                    // as in `visible`
 
@@ -53,17 +65,10 @@ struct Memory {
     __device__ __forceinline__ float2 *tops() const { return (float2 *)(merged() + (SHARES + 1) * ROWS * HEAD_DIM); }
 };
 
-// A slot of a ring: where it lies, and the barrier that its copies complete on.
-__device__ __forceinline__ void fill(void *slot, const uint8_t *from, int bytes, uint64_t *barrier) {
-    barrier_expect(barrier, bytes);
-    if (bytes) copy_bulk(slot, from, bytes, barrier);
-}
-// First tiles of keys, or of values.
-__device__ __forceinline__ void fill_slots(unsigned char *slots, const uint8_t *from, int bytes, int count,
-                                           uint64_t *barriers) {
+__device__ __forceinline__ void fill_slots(unsigned char *slots, Feed &feed, int count, uint64_t *barriers) {
+    const int bytes = feed.bytes;
 #pragma unroll 1
-    for (int n = 0; n < count; n++)
-        fill(slots + n * bytes, from + (long long)n * WARPS * bytes, bytes, barriers + n);
+    for (int n = 0; n < count && feed.left > 0; n++) feed.next(slots + n * bytes, barriers + n);
 }
 
 // What a warp has of one query row: four numbers a lane of every 128, and what codes of zero decode to.
@@ -184,10 +189,11 @@ __device__ __noinline__ void begin(const Arguments &a, const Item &item, const M
     const Head &h = item.h;
     const int tiles = stream.tiles(warp), first = stream.begin + warp;
     if (threadIdx.x == 0) *m.stream = stream;
-    if (lane == 0) {
-        m.tiles[0] = h.keys + item.sequence * h.key_batch, m.tiles[1] = h.values + item.sequence * h.value_batch;
-        fill_slots(m.ring, m.tiles[0] + (long long)first * stream.key_bytes, stream.key_bytes,
-                   min(stream.key_stages, tiles), m.barriers);
+    if (lane < 2) {
+        const uint8_t *from = lane ? h.values + item.sequence * h.value_batch : h.keys + item.sequence * h.key_batch;
+        const int bytes = lane ? stream.value_bytes : stream.key_bytes;
+        m.feeds[lane] = {from + (long long)first * bytes, bytes, tiles};
+        if (lane == 0) fill_slots(m.ring, m.feeds[0], stream.key_stages, m.barriers);
     }
     for (int i = threadIdx.x; i < FRAGMENTS / 4; i += THREADS) ((int4 *)m.fragments)[i] = {};
     for (int row = warp; row < ROWS; row += WARPS) {
@@ -241,17 +247,10 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         Scores s;
         barrier_wait(m.barriers + key_stage, phases >> key_stage & 1);
         score_kind(kinds & 0xffff, s, keys, (const uint2 *)m.fragments + lane, lane);
-        __syncwarp();
-        if (lane == 0 && n + stream.key_stages < mine)
-            fill(keys, m.tiles[0] + (long long)(token / TOKENS + stream.key_stages * WARPS) * stream.key_bytes,
-                 stream.key_bytes, m.barriers + key_stage);
         // not before, as keys would wait behind them
-        if (n == 0 && lane == 0)
-            fill_slots(m.ring + stream.key_stages * stream.key_bytes,
-                       m.tiles[1] + (long long)(stream.begin + warp) * stream.value_bytes, stream.value_bytes,
-                       min(stream.value_stages, mine), m.barriers + MOST_STAGES);
-        phases ^= 1u << key_stage;
-        key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
+        if (n == 0 && lane == 1)
+            fill_slots(m.ring + stream.key_stages * stream.key_bytes, m.feeds[1], stream.value_stages,
+                       m.barriers + MOST_STAGES);
         Weights p;
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
@@ -300,10 +299,13 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         barrier_wait(m.barriers + MOST_STAGES + value_stage, phases >> (MOST_STAGES + value_stage) & 1);
         mix_kind(kinds >> 16, o, values, p, lane);
         __syncwarp();
-        if (lane == 0 && n + stream.value_stages < mine)
-            fill(values, m.tiles[1] + (long long)(token / TOKENS + stream.value_stages * WARPS) * stream.value_bytes,
-                 stream.value_bytes, m.barriers + MOST_STAGES + value_stage);
-        phases ^= 1u << (MOST_STAGES + value_stage);
+        if (lane < 2) {
+            Feed &feed = m.feeds[lane];
+            if (feed.left > 0)
+                feed.next(lane ? values : keys, m.barriers + (lane ? MOST_STAGES + value_stage : key_stage));
+        }
+        phases ^= 1u << key_stage | 1u << (MOST_STAGES + value_stage);
+        key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
         value_stage = value_stage + 1 == stream.value_stages ? 0 : value_stage + 1;
     }
     __syncthreads();
@@ -534,8 +536,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     uint16_t *halves = (uint16_t *)(rows + ROWS);
     float *work = (float *)(halves + SPLITS * ROWS * HEAD_DIM);
     const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, fragments, rows, halves, work,
-                      (const uint8_t **)(work + 2 * WARPS * ROWS) + 2 * warp,
-                      (Stream *)((const uint8_t **)(work + 2 * WARPS * ROWS) + 2 * WARPS), a.ranges ? 0 : *a.seen};
+                      (Feed *)(work + 2 * WARPS * ROWS) + 2 * warp,
+                      (Stream *)((Feed *)(work + 2 * WARPS * ROWS) + 2 * WARPS), a.ranges ? 0 : *a.seen};
     if (threadIdx.x < sizeof(Item) / 16)
         ((int4 *)&item)[threadIdx.x] = ((const int4 *)(a.items + blockIdx.x))[threadIdx.x];
     if (lane < 2 * MOST_STAGES) barrier_init(m.barriers + lane);
