@@ -136,6 +136,11 @@ inline unsigned atomicAdd(unsigned *p, unsigned v) {
     *p += v;
     return old;
 }
+inline unsigned atomicOr(unsigned *p, unsigned v) {
+    unsigned old = *p;
+    *p |= v;
+    return old;
+}
 inline uint32_t __float_as_uint(float x) {
     uint32_t y;
     memcpy(&y, &x, 4);
@@ -145,6 +150,11 @@ inline float bits_to_float(uint32_t x) {
     float y;
     memcpy(&y, &x, 4);
     return y;
+}
+inline float __fadd_ru(float x, float y) {
+    double sum = (double)x + y;
+    float rounded = (float)sum;
+    return rounded < sum ? nextafterf(rounded, INFINITY) : rounded;
 }
 inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
@@ -224,6 +234,39 @@ inline void mma_signed(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 }
 inline void mma_unsigned(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     mma_8bit(c, a0, a1, a2, a3, b0, b1, false);
+}
+// two bf16 numbers in a word, rounded to nearest even
+inline uint32_t bf16_pair(float low, float high) {
+    auto bits = [](float x) {
+        uint32_t b = __float_as_uint(x);
+        return (b + 0x7fff + (b >> 16 & 1)) >> 16;
+    };
+    return bits(low) | bits(high) << 16;
+}
+// mma.m16n8k16 of bf16 numbers; sums are rounded once
+inline void mma_bf16(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    using namespace emulator;
+    int w = warp(), l = lane();
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1};
+    memcpy(brought[w][l], mine, sizeof mine);
+    memcpy(brought[w][l] + 6, c, 16);
+    meet_warp([w] {
+        float a[16][16], b[16][8];
+        auto number = [w](int lane, int word, int half) {
+            return bits_to_float(brought[w][lane][word] >> 16 * half << 16);
+        };
+        for (int row = 0; row < 16; row++)
+            for (int k = 0; k < 16; k++) a[row][k] = number(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2);
+        for (int k = 0; k < 16; k++)
+            for (int column = 0; column < 8; column++) b[k][column] = number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        for (int i = 0; i < 32; i++)
+            for (int e = 0; e < 4; e++) {
+                double sum = bits_to_float(brought[w][i][6 + e]);
+                for (int k = 0; k < 16; k++) sum += (double)a[i / 4 + 8 * (e / 2)][k] * b[k][2 * (i % 4) + e % 2];
+                taken[w][i][e] = __float_as_uint((float)sum);
+            }
+    });
+    memcpy(c, taken[w][l], 16);
 }
 inline void barrier_init(uint64_t *at) { emulator::barriers[at] = {}; }
 inline void barrier_init_done() {}
