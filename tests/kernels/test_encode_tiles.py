@@ -10,13 +10,11 @@ from kvsight.ops.encode.tiles import (
     SOURCES,
     Encoder,
     FoldedEncoder,
-    Shape,
     TileWriter,
     aligned,
     few_tokens,
     fold_encoder,
     many_tokens,
-    most_tiles,
     write_tiles_ref,
 )
 from kvsight.quantizers.lloyd_max import row_quantizer, uniform
@@ -72,9 +70,9 @@ class Layer:
         return [tiling.unpack(own) for tiling, own in zip(tilings, tiles, strict=True)]
 
 
-def write(emulated, layer, tiles, new, at, first=0, shape=None, blocks=3):
+def write(emulated, layer, tiles, new, at, shape=None):
     """New tokens behind ``at`` of the coded ones, by the kernel that ``shape`` makes."""
-    heads = len(tiles) // 2
+    heads, first, blocks = len(tiles) // 2, at % 3, 3
     seen = torch.tensor([first + at + new[0].shape[2]], dtype=torch.int32)
     if torch.cuda.is_available():
         held = [tile.cuda() for tile in tiles]
@@ -134,7 +132,7 @@ def test_new_tokens_join_their_tiles(emulated, mixed, at, count, dtype):
     draw = torch.Generator().manual_seed(at)
     new = tokens(mixed, 2, count, dtype, draw)
     before = mixed.noise(2, -(-(at + count) // TOKENS) * TOKENS, draw)
-    after = write(emulated, mixed, before, new, at, first=at % 3)
+    after = write(emulated, mixed, before, new, at)
     check(mixed, before, after, new, at)
 
 
@@ -145,19 +143,21 @@ def test_many_tokens_fill_tiles(emulated, mixed, at, count, dtype):
     new = tokens(mixed, 2, count, dtype, draw)
     before = mixed.noise(2, -(-(at + count) // TOKENS) * TOKENS, draw)
     shape = many_tokens(DIM, dtype, 6 * 1024)
-    after = write(emulated, mixed, before, new, at, shape=shape, blocks=5)
+    after = write(emulated, mixed, before, new, at, shape)
     check(mixed, before, after, new, at)
 
 
 @pytest.mark.parametrize("dim", [80, 96, 128, 256])
 def test_head_dims(emulated, dim):
     chunks = dim // CHUNK
-    layer = Layer.of([tuple(sorted((3 + i % 2 * 2, 4, 2, 1, 0)[j % 5] for j in range(chunks)))[::-1] for i in range(2)])
+    layer = Layer.of(
+        [tuple(sorted((3 + i % 2 * 2, 4, 2, 1, 0)[j % 5] for j in range(chunks)))[::-1] for i in range(2)]
+    )
     draw = torch.Generator().manual_seed(dim)
     new = tokens(layer, 1, 20, torch.bfloat16, draw)
     before = layer.noise(1, 2 * TOKENS, draw)
     few, many = (
-        write(emulated, layer, before, new, 50, shape=shape)
+        write(emulated, layer, before, new, 50, shape)
         for shape in (few_tokens(dim), many_tokens(dim, torch.bfloat16, 1024))
     )
     check(layer, before, few, new, 50)

@@ -41,21 +41,26 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
 __device__ __forceinline__ float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 #endif
 
-// One side of one head. The pieces of a chunk's codes (src/kvsight/tiling.py), each, from the lowest bit: the word of
-// the tile where its block begins (16 bits); its size; its lowest bit; its place in a nibble (4 each); whether its
-// block is left over (1). A size of 0 is no piece.
+// 16 coordinates of one head. The pieces of their codes (src/kvsight/tiling.py) are, from the lowest bit: the word of
+// the tile where a block begins (16 bits); its size; its lowest bit; its place in a nibble (4 each); whether it is
+// left over (1). A size of 0 is no piece.
+struct Coordinates {
+    float shift[CHUNK];  // less a half: a code is x @ map + shift, rounded up
+    uint32_t pieces[2];
+};
+// One side of one head.
 struct Head {
     uint8_t *tiles;
     long long batch;  // bytes from one sequence to the next
     int nbytes, chunks;
     int whole, pairs;  // words of blocks that fill their nibbles; of 2-bit blocks left over
-    uint32_t pieces[CHUNKS][2];
+    Coordinates coordinates[CHUNKS];
 };
+constexpr int HEAD_BYTES = (sizeof(Head) + 127) / 128 * 128;
 struct Side {
     const Number *tokens;  // x[b, h, i, :] is `tokens + b · batch + h · head + i · token`
     const Head *heads;
     const uint4 *map;      // [heads, CHUNKS, PRODUCTS, MAP_PARTS, LANES]
-    const float *shift;    // [heads, HEAD_DIM]: a code is x @ map + shift, rounded
     long long batch, head, token;
 };
 struct Arguments {
@@ -163,18 +168,18 @@ template <bool KEYS> struct Chunk {
     float shift[4];
     uint32_t pieces[2];
 
-    __device__ __forceinline__ Chunk(const Head &h, const uint4 *all, const float *shifts, int chunk, int lane) {
+    __device__ __forceinline__ Chunk(const Head &h, const uint4 *all, int chunk, int lane) {
         map = all + chunk * CHUNK_VECTORS + lane;
         if (HELD)
 #pragma unroll
             for (int i = 0; i < PRODUCTS; i++)
 #pragma unroll
                 for (int part = 0; part < MAP_PARTS; part++) held[i][part] = map[(i * MAP_PARTS + part) * LANES];
-        // keys: columns 4t to 4t + 3; values: rows g and g + 8. Less a half, so that codes are rounded up
+        const Coordinates &own = h.coordinates[chunk];
+        // keys: columns 4t to 4t + 3; values: rows g and g + 8
 #pragma unroll
-        for (int i = 0; i < (KEYS ? 4 : 2); i++)
-            shift[i] = shifts[chunk * CHUNK + (KEYS ? lane % 4 * 4 + i : lane / 4 + 8 * i)] - 0.5f;
-        pieces[0] = h.pieces[chunk][0], pieces[1] = h.pieces[chunk][1];
+        for (int i = 0; i < (KEYS ? 4 : 2); i++) shift[i] = own.shift[KEYS ? lane % 4 * 4 + i : lane / 4 + 8 * i];
+        pieces[0] = own.pieces[0], pieces[1] = own.pieces[1];
     }
     __device__ __forceinline__ uint4 operand(int product, int part) const {
         return HELD ? held[product][part] : map[(product * MAP_PARTS + part) * LANES];
@@ -294,7 +299,7 @@ __device__ __forceinline__ void meet_team() {
 
 template <bool KEYS>
 __device__ void encode_tile(const Head &h, const Number *tokens, long long stride, uint8_t *tile, const Span &span,
-                            const uint4 *map, const float *shift, const Chunk<KEYS> &first, uint32_t *image) {
+                            const uint4 *map, const Chunk<KEYS> &first, uint32_t *image) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES % TEAM, rank = warp * LANES + lane;
     uint4 *wide = (uint4 *)image;
     if (span.whole()) {
@@ -320,7 +325,7 @@ __device__ void encode_tile(const Head &h, const Number *tokens, long long strid
         } else {
 #pragma unroll 1
             for (int c = warp; c < h.chunks; c += TEAM) {
-                const Chunk<KEYS> chunk(h, map, shift, c, lane);
+                const Chunk<KEYS> chunk(h, map, c, lane);
                 map_rows(y, rows, chunk), pack(image, y, chunk, own, group, lane);
             }
         }
@@ -340,17 +345,19 @@ template <bool KEYS>
 __device__ void encode_head(const Arguments &a, int head, int from, int to, unsigned char *memory) {
     const Side &side = a.sides[KEYS ? 0 : 1];
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, team = warp / TEAM;
-    const Head &h = side.heads[head];
+    const Head *h = side.heads + head;
     const uint4 *map = side.map + (long long)head * CHUNKS * CHUNK_VECTORS;
-    const float *shift = side.shift + head * HEAD_DIM;
-    const Chunk<KEYS> first(h, map, shift, HELD ? warp : 0, lane);
+    const Chunk<KEYS> first(*h, map, HELD ? warp : 0, lane);
     if (RESIDENT) {
-        uint4 *held = (uint4 *)memory;
-        for (int i = threadIdx.x; i < h.chunks * CHUNK_VECTORS; i += THREADS) held[i] = map[i];
-        map = held;
+        uint4 *held = (uint4 *)(memory + HEAD_BYTES);
+        for (int i = threadIdx.x; i < (int)sizeof(Head) / 4; i += THREADS)
+            ((uint32_t *)memory)[i] = ((const uint32_t *)h)[i];
+#pragma unroll 8
+        for (int i = threadIdx.x; i < h->chunks * CHUNK_VECTORS; i += THREADS) held[i] = map[i];
+        h = (const Head *)memory, map = held;
+        memory += HEAD_BYTES + CHUNKS * CHUNK_VECTORS * sizeof(uint4);
         __syncthreads();
     }
-    memory += RESIDENT ? CHUNKS * CHUNK_VECTORS * sizeof(uint4) : 0;
     uint32_t *image = (uint32_t *)(memory + team * a.image);
     const int position = *a.seen - a.count - a.first, begin = max(position, 0);
     for (int i = from + team; i < to; i += WARPS / TEAM) {
@@ -359,8 +366,8 @@ __device__ void encode_head(const Arguments &a, int head, int from, int to, unsi
         if (span.at >= span.end) continue;
         const Number *tokens =
             side.tokens + sequence * side.batch + head * side.head + (span.at - position) * side.token;
-        uint8_t *out = h.tiles + sequence * h.batch + (long long)tile * h.nbytes;
-        encode_tile<KEYS>(h, tokens, side.token, out, span, map, shift, first, image);
+        uint8_t *out = h->tiles + sequence * h->batch + (long long)tile * h->nbytes;
+        encode_tile<KEYS>(*h, tokens, side.token, out, span, map, first, image);
     }
     if (RESIDENT) __syncthreads();
 }

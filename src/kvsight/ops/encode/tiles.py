@@ -9,7 +9,7 @@ between two levels. A token gets the same code in every launch, with few tokens 
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,8 @@ _STEP = 32
 _MAP_PARTS = 2
 # tiles that get a block of threads each; more are filled by warps
 _FEW_TILES = 512
-_SHARED_BYTES = 227 << 10
+# of a multiprocessor of Hopper; every block takes 1 KB more than it asks for
+_SHARED_BYTES = 228 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,23 +64,22 @@ class FoldedEncoder:
         high = rows.bfloat16()
         parts = torch.stack([high, (rows - high.float()).bfloat16()])
         # a lane has numbers 8t to 8t + 7 of 32: four for each of two products, in two halves
-        split = parts.view(_MAP_PARTS, heads, -1, 4, 2, 2, 2, columns)
+        split: Tensor = parts.view(_MAP_PARTS, heads, -1, 4, 2, 2, 2, columns)
         if self.tilings[0].rows == "tokens":
             # coordinate 4t + 2n + j is column 2t + j of product n: a lane gets four that lie together
-            split = split.unflatten(-1, (-1, 4, 2, 2))
-            order = (1, 7, 2, 4, 0, 8, 10, 3, 9, 5, 6)
+            split = split.view(*split.shape[:-1], -1, 4, 2, 2).permute(1, 7, 2, 4, 0, 8, 10, 3, 9, 5, 6)
         else:
             # coordinate 8r + g
-            split = split.unflatten(-1, (-1, 2, 8))
-            order = (1, 7, 2, 4, 0, 9, 3, 5, 8, 6)
-        return split.permute(order).reshape(heads, columns // CHUNK, -1, _MAP_PARTS, _LANES, 8)
+            split = split.view(*split.shape[:-1], -1, 2, 8).permute(1, 7, 2, 4, 0, 9, 3, 5, 8, 6)
+        return split.reshape(heads, columns // CHUNK, -1, _MAP_PARTS, _LANES, 8)
 
 
 @dataclass(frozen=True)
 class Shape:
     """How threads share the work: a team of warps does a tile, ``groups`` x 16 tokens at once.
 
-    ``resident`` keeps a head's map in shared memory; ``per_sm`` blocks should fit a multiprocessor.
+    ``resident`` keeps a head's map in shared memory; ``per_sm`` blocks should fit a multiprocessor, which
+    gets ``waves`` times as many one after another, as heads take different times.
     """
 
     warps: int
@@ -87,6 +87,7 @@ class Shape:
     groups: int
     resident: bool
     per_sm: int
+    waves: int = 4
 
     def macros(self) -> tuple[tuple[str, int], ...]:
         return (
@@ -99,12 +100,20 @@ class Shape:
 
     def shared_bytes(self, dim: int, image: int) -> int:
         """Shared memory of a block, with tiles of ``image`` bytes."""
-        return self.resident * _operand_bytes(dim) + self.warps // self.team * image
+        return self.resident * _resident_bytes(dim) + self.warps // self.team * image
+
+    def blocks(self, tiles: int, multiprocessors: int) -> int:
+        """Blocks of threads for so many tiles."""
+        return min(-(-tiles * self.team // self.warps), self.waves * self.per_sm * multiprocessors)
+
+    def fits(self, dim: int, image: int) -> bool:
+        """Whether a multiprocessor has shared memory for ``per_sm`` blocks."""
+        return self.per_sm * (self.shared_bytes(dim, image) + 1024) <= _SHARED_BYTES
 
 
 class _Side(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "heads", "map", "shift")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "heads", "map")),
         *((name, ctypes.c_longlong) for name in ("batch", "head", "token")),
     )
 
@@ -115,7 +124,10 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         ("sides", _Side * 2),
         ("seen", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("count", "first", "heads", "batch", "tiles", "blocks", "image")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("count", "first", "heads", "batch", "tiles", "blocks", "image")
+        ),
     )
 
 
@@ -150,6 +162,7 @@ class TileWriter:
 
     sides: tuple[FoldedEncoder, FoldedEncoder]
     heads: tuple[Tensor, Tensor]
+    operands: tuple[Tensor, Tensor]
     image: int
 
     @classmethod
@@ -164,7 +177,8 @@ class TileWriter:
         most = max(tiling.nbytes for side in (keys, values) for tiling in side.tilings)
         # rounded up so that few kernels serve all layers
         image = max(1, -(-most // 1024)) * 1024
-        return cls((keys, values), (_heads(keys, key_tiles), _heads(values, value_tiles)), image)
+        heads = _heads(keys, key_tiles), _heads(values, value_tiles)
+        return cls((keys, values), heads, (keys.operands, values.operands), image)
 
     def macros(self, shape: Shape, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
         return (("HEAD_DIM", self.sides[0].map.shape[-1]), ("NUMBER", NUMBERS[dtype]), *shape.macros())
@@ -172,14 +186,8 @@ class TileWriter:
     def arguments(self, k: Tensor, v: Tensor, seen: Tensor, first: int, blocks: int) -> Arguments:
         """For new tokens [B, H, n, d], ``aligned``; ``seen`` int32 [1] counts them already."""
         sides = [
-            _Side(
-                x.data_ptr(),
-                heads.data_ptr(),
-                side.operands.data_ptr(),
-                side.shift.data_ptr(),
-                *x.stride()[:3],
-            )
-            for x, heads, side in zip((k, v), self.heads, self.sides, strict=True)
+            _Side(x.data_ptr(), heads.data_ptr(), operands.data_ptr(), *x.stride()[:3])
+            for x, heads, operands in zip((k, v), self.heads, self.operands, strict=True)
         ]
         batch, heads, new = k.shape[:3]
         counts = (new, first, heads, batch, most_tiles(new), blocks, self.image)
@@ -195,14 +203,11 @@ class TileWriter:
             return
         k, v = aligned(k), aligned(v)
         tiles = 2 * heads * batch * most_tiles(new)
-        if tiles <= _FEW_TILES:
-            shape, blocks = few_tokens(dim), tiles
-        else:
-            shape = many_tokens(dim, k.dtype, self.image)
-            blocks = min(tiles, shape.per_sm * _multiprocessors(k.device))
-        kernel = compiled(
-            SOURCES, "encode_tiles", self.macros(shape, k.dtype), shape.shared_bytes(dim, self.image)
-        )
+        if shape is None:
+            shape = few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, k.dtype, self.image)
+        blocks = shape.blocks(tiles, _multiprocessors(k.device))
+        macros, shared_bytes = self.macros(shape, k.dtype), shape.shared_bytes(dim, self.image)
+        kernel = compiled(SOURCES, "encode_tiles", macros, shared_bytes)
         kernel.launch((blocks, 1, 1), _LANES * shape.warps, self.arguments(k, v, seen, first, blocks))
 
 
@@ -214,18 +219,20 @@ def most_tiles(new: int) -> int:
 def few_tokens(dim: int) -> Shape:
     """A tile for a block of threads, 16 coordinates for a warp."""
     warps = min(8, dim // CHUNK)
-    return Shape(warps, warps, groups=1, resident=False, per_sm=1)
+    return Shape(warps, warps, groups=1, resident=False, per_sm=1, waves=16)
 
 
 def many_tokens(dim: int, dtype: torch.dtype, image: int) -> Shape:
-    """A tile for a warp."""
+    """A tile of at most ``image`` bytes for a warp."""
+    # registers hold all numbers of as many tokens
     groups = 2 if dtype is torch.bfloat16 and dim <= 128 else 1
-    for per_sm in (2, 1):
-        shape = Shape(8, 1, groups, resident=True, per_sm=per_sm if dim <= 128 else 1)
-        if shape.shared_bytes(dim, image) <= _SHARED_BYTES // shape.per_sm - 1024:
+    per_sm = 2 if dtype is not torch.float32 and dim <= 128 else 1
+    wanted = Shape(8, 1, groups, resident=True, per_sm=per_sm)
+    shapes = wanted, replace(wanted, warps=8 * per_sm, per_sm=1), replace(wanted, per_sm=1)
+    for shape in shapes:
+        if shape.fits(dim, image):
             return shape
-    warps = max(1, min(8, _SHARED_BYTES // image))
-    return Shape(warps, 1, groups, resident=False, per_sm=1)
+    return replace(wanted, resident=False, per_sm=1)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -237,8 +244,10 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _operand_bytes(dim: int) -> int:
-    return -(-dim // _STEP) * _STEP * dim * _MAP_PARTS * torch.bfloat16.itemsize
+def _resident_bytes(dim: int) -> int:
+    """The map of a head, and its ``Head``."""
+    head = 32 + dim // CHUNK * 4 * (CHUNK + 2)
+    return -(-head // 128) * 128 + -(-dim // _STEP) * _STEP * dim * _MAP_PARTS * 2
 
 
 @lru_cache
@@ -247,9 +256,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _heads(side: FoldedEncoder, tiles: Sequence[Tensor]) -> Tensor:
-    """The kernel's ``Head`` of every KV head, int64 words."""
+    """The kernel's ``Head`` of every KV head, int32 words."""
+    # what is rounded up, not to the nearest
+    shifts = (side.shift - 0.5).cpu().view(torch.int32).view(len(tiles), -1, CHUNK).tolist()
     rows: list[list[int]] = []
-    for tiling, own in zip(side.tilings, tiles, strict=True):
+    for tiling, own, shift in zip(side.tilings, tiles, shifts, strict=True):
         pieces: list[list[int]] = [[] for _ in tiling.widths]
         offset = whole = pairs = 0
         for group in tiling.groups:
@@ -261,11 +272,11 @@ def _heads(side: FoldedEncoder, tiles: Sequence[Tensor]) -> Tensor:
             offset += words
             whole += words * (group[0].slot is not None)
             pairs += words * (group[0].slot is None and group[0].size == 2)
-        halves = [tiling.nbytes, tiling.stored // CHUNK, whole, pairs]
-        halves += chain.from_iterable((own + [0, 0])[:2] for own in pieces)
-        words = [low | high << 32 for low, high in zip(halves[::2], halves[1::2], strict=True)]
-        rows.append([own.data_ptr(), own.stride(0), *words])
-    return torch.tensor(rows, dtype=torch.int64, device=tiles[0].device)
+        start = torch.tensor([own.data_ptr(), own.stride(0)]).view(torch.int32).tolist()
+        counts = [tiling.nbytes, tiling.stored // CHUNK, whole, pairs]
+        coordinates = ((*s, *p, *[0] * (2 - len(p))) for s, p in zip(shift, pieces, strict=True))
+        rows.append([*start, *counts, *chain.from_iterable(coordinates)])
+    return torch.tensor(rows, dtype=torch.int32, device=tiles[0].device)
 
 
 def write_tiles_ref(
