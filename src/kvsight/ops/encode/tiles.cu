@@ -48,12 +48,15 @@ struct Coordinates {
     float shift[CHUNK];  // less a half: a code is x @ map + shift, rounded up
     uint32_t pieces[2];
 };
-// One side of one head.
-struct Head {
+// One side of one head: its tiles, bytes from one sequence to the next, bytes of a tile, chunks that have any bits,
+// words of blocks that fill their nibbles, words of 2-bit blocks left over.
+struct Store {
     uint8_t *tiles;
-    long long batch;  // bytes from one sequence to the next
-    int nbytes, chunks;
-    int whole, pairs;  // words of blocks that fill their nibbles; of 2-bit blocks left over
+    long long batch;
+    int nbytes, chunks, whole, pairs;
+};
+struct Head {
+    Store store;
     Coordinates coordinates[CHUNKS];
 };
 constexpr int HEAD_BYTES = (sizeof(Head) + 127) / 128 * 128;
@@ -89,17 +92,45 @@ template <bool KEYS> __device__ uint32_t new_bits(const Span &span, int lane, in
            (span.has(t + 9) ? 0xff000000u : 0);
 }
 
-// The same in word i of a tile.
-template <bool KEYS> __device__ uint32_t new_bits_at(const Span &span, const Head &h, int i) {
-    if (i < h.whole) return new_bits<KEYS>(span, i / 4 % LANES, i % 4);
-    i -= h.whole;
-    if (i < h.pairs)
-        return (new_bits<KEYS>(span, i / 2, i % 2 * 2) & 0x33333333u) |
-               (new_bits<KEYS>(span, i / 2, i % 2 * 2 + 1) & 0xccccccccu);
-    i = (i - h.pairs) % LANES;
-    uint32_t bits = 0;
-    for (int group = 0; group < 4; group++) bits |= new_bits<KEYS>(span, i, group) & 0x11111111u << group;
-    return bits;
+// The same in a lane's words of blocks that fill their nibbles, of 2-bit blocks left over, and of 1-bit ones.
+template <bool KEYS> struct NewBits {
+    uint32_t whole[4], pairs[2], single = 0;
+
+    __device__ NewBits(const Span &span, int lane) {
+#pragma unroll
+        for (int group = 0; group < 4; group++) whole[group] = new_bits<KEYS>(span, lane, group);
+#pragma unroll
+        for (int i = 0; i < 2; i++) pairs[i] = (whole[2 * i] & 0x33333333u) | (whole[2 * i + 1] & 0xccccccccu);
+#pragma unroll
+        for (int group = 0; group < 4; group++) single |= whole[group] & 0x11111111u << group;
+    }
+    __device__ bool any() const { return whole[0] | whole[1] | whole[2] | whole[3]; }
+    __device__ uint4 without(const uint4 &x) const {
+        return {x.x & ~whole[0], x.y & ~whole[1], x.z & ~whole[2], x.w & ~whole[3]};
+    }
+    __device__ uint2 without(const uint2 &x) const { return {x.x & ~pairs[0], x.y & ~pairs[1]}; }
+    __device__ uint32_t without(uint32_t x) const { return x & ~single; }
+};
+
+// Words of a tile that have bits of new tokens, from one tile to another; with old bits only.
+template <bool KEYS, bool OLD>
+__device__ __forceinline__ void copy_words(uint8_t *to, const uint8_t *from, const Store &h, const Span &span, int warp,
+                                           int lane) {
+    const NewBits<KEYS> bits(span, lane);
+    if (!bits.any()) return;
+    for (int i = warp * LANES + lane; i < h.whole / 4; i += TEAM * LANES) {
+        const uint4 x = ((const uint4 *)from)[i];
+        ((uint4 *)to)[i] = OLD ? bits.without(x) : x;
+    }
+    from += 4 * h.whole, to += 4 * h.whole;
+    if (h.pairs && warp == 0) {
+        const uint2 x = ((const uint2 *)from)[lane];
+        ((uint2 *)to)[lane] = OLD ? bits.without(x) : x;
+    }
+    for (int i = h.pairs + warp * LANES + lane; i < h.nbytes / 4 - h.whole; i += TEAM * LANES) {
+        const uint32_t x = ((const uint32_t *)from)[i];
+        ((uint32_t *)to)[i] = OLD ? bits.without(x) : x;
+    }
 }
 
 // Rows g and g + 8 of groups of 16 tokens. A lane has numbers 8t to 8t + 7 of 32, two in a word.
@@ -298,24 +329,28 @@ __device__ __forceinline__ void meet_team() {
 }
 
 template <bool KEYS>
-__device__ void encode_tile(const Head &h, const Number *tokens, long long stride, uint8_t *tile, const Span &span,
-                            const uint4 *map, const Chunk<KEYS> &first, uint32_t *image) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES % TEAM, rank = warp * LANES + lane;
-    uint4 *wide = (uint4 *)image;
-    if (span.whole()) {
-        for (int i = rank; i < h.nbytes / 16; i += TEAM * LANES) wide[i] = {0, 0, 0, 0};
-    } else {
-        for (int i = rank; i < h.nbytes / 4; i += TEAM * LANES) {
-            const uint32_t bits = new_bits_at<KEYS>(span, h, i);
-            if (bits) image[i] = ((const uint32_t *)tile)[i] & ~bits;
-        }
-    }
+__device__ __forceinline__ void begin_tile(uint32_t *image, const uint8_t *tile, const Store &h, const Span &span,
+                                           int warp, int lane) {
+    if (span.whole())
+        for (int i = warp * LANES + lane; i < h.nbytes / 16; i += TEAM * LANES) ((uint4 *)image)[i] = {0, 0, 0, 0};
+    else
+        copy_words<KEYS, true>((uint8_t *)image, tile, h, span, warp, lane);
     meet_team();
+}
+
+template <bool KEYS>
+__device__ void encode_tile(const Head &head, const Store &h, const Number *tokens, long long stride, uint8_t *tile,
+                            const Span &span, const uint4 *map, const Chunk<KEYS> &first, uint32_t *image) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES % TEAM;
+    // to be quick, old bits are read while tokens are on their way; to fill tiles, registers are dearer
+    bool begun = TEAM == 1;
+    if (begun) begin_tile<KEYS>(image, tile, h, span, warp, lane);
 #pragma unroll 1
     for (int group = 0; group < TOKENS / 16; group += GROUPS) {
         if (!span.meets(16 * group, 16 * GROUPS)) continue;
         Rows rows;
         load_rows(rows, tokens, stride, span, 16 * group, lane);
+        if (!begun) begin_tile<KEYS>(image, tile, h, span, warp, lane), begun = true;
         Words own;
 #pragma unroll
         for (int j = 0; j < GROUPS; j++) own.of[j] = new_bits<KEYS>(span, lane, group + j);
@@ -325,18 +360,17 @@ __device__ void encode_tile(const Head &h, const Number *tokens, long long strid
         } else {
 #pragma unroll 1
             for (int c = warp; c < h.chunks; c += TEAM) {
-                const Chunk<KEYS> chunk(h, map, c, lane);
+                const Chunk<KEYS> chunk(head, map, c, lane);
                 map_rows(y, rows, chunk), pack(image, y, chunk, own, group, lane);
             }
         }
     }
     meet_team();
-    if (span.whole()) {
-        for (int i = rank; i < h.nbytes / 16; i += TEAM * LANES) ((uint4 *)tile)[i] = wide[i];
-    } else {
-        for (int i = rank; i < h.nbytes / 4; i += TEAM * LANES)
-            if (new_bits_at<KEYS>(span, h, i)) ((uint32_t *)tile)[i] = image[i];
-    }
+    if (span.whole())
+        for (int i = warp * LANES + lane; i < h.nbytes / 16; i += TEAM * LANES)
+            ((uint4 *)tile)[i] = ((const uint4 *)image)[i];
+    else
+        copy_words<KEYS, false>(tile, (const uint8_t *)image, h, span, warp, lane);
     meet_team();
 }
 
@@ -346,6 +380,7 @@ __device__ void encode_head(const Arguments &a, int head, int from, int to, unsi
     const Side &side = a.sides[KEYS ? 0 : 1];
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, team = warp / TEAM;
     const Head *h = side.heads + head;
+    const Store early = h->store;
     const uint4 *map = side.map + (long long)head * CHUNKS * CHUNK_VECTORS;
     const Chunk<KEYS> first(*h, map, HELD ? warp : 0, lane);
     if (RESIDENT) {
@@ -353,11 +388,12 @@ __device__ void encode_head(const Arguments &a, int head, int from, int to, unsi
         for (int i = threadIdx.x; i < (int)sizeof(Head) / 4; i += THREADS)
             ((uint32_t *)memory)[i] = ((const uint32_t *)h)[i];
 #pragma unroll 8
-        for (int i = threadIdx.x; i < h->chunks * CHUNK_VECTORS; i += THREADS) held[i] = map[i];
+        for (int i = threadIdx.x; i < early.chunks * CHUNK_VECTORS; i += THREADS) held[i] = map[i];
         h = (const Head *)memory, map = held;
         memory += HEAD_BYTES + CHUNKS * CHUNK_VECTORS * sizeof(uint4);
         __syncthreads();
     }
+    const Store &store = RESIDENT ? h->store : early;
     uint32_t *image = (uint32_t *)(memory + team * a.image);
     const int position = *a.seen - a.count - a.first, begin = max(position, 0);
     for (int i = from + team; i < to; i += WARPS / TEAM) {
@@ -366,8 +402,8 @@ __device__ void encode_head(const Arguments &a, int head, int from, int to, unsi
         if (span.at >= span.end) continue;
         const Number *tokens =
             side.tokens + sequence * side.batch + head * side.head + (span.at - position) * side.token;
-        uint8_t *out = h->tiles + sequence * h->batch + (long long)tile * h->nbytes;
-        encode_tile<KEYS>(*h, tokens, side.token, out, span, map, first, image);
+        uint8_t *out = store.tiles + sequence * store.batch + (long long)tile * store.nbytes;
+        encode_tile<KEYS>(*h, store, tokens, side.token, out, span, map, first, image);
     }
     if (RESIDENT) __syncthreads();
 }
