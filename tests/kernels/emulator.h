@@ -70,6 +70,8 @@ inline int current, living;
 inline Index block;
 inline Meeting all;
 inline std::map<uint64_t *, Barrier> barriers;
+// copies of 16 bytes that threads have begun
+inline std::map<int, std::vector<Copy>> begun;
 inline std::vector<Meeting> warps;
 // what every lane of a warp brings to a meeting, and takes from it
 inline uint32_t brought[32][32][12], taken[32][32][4];
@@ -104,6 +106,7 @@ inline void run(int threads, Index grid, unsigned char *memory, size_t bytes, st
                 warps.assign(threads / 32, {});
                 all = {};
                 barriers.clear();
+                begun.clear();
                 for (auto &f : fibers) {
                     f.stack.resize(1 << 17);
                     f.done = false;
@@ -296,6 +299,11 @@ inline void barrier_wait(uint64_t *at, uint32_t parity) {
         abort();
     }
     b = {{}, false, 0, b.completed + 1};
+}
+inline void copy_async(void *to, const void *from) { emulator::begun[emulator::current].push_back({to, from, 16}); }
+inline void copies_done() {
+    for (auto &c : emulator::begun[emulator::current]) memcpy(c.to, c.from, c.bytes);
+    emulator::begun[emulator::current].clear();
 }
 inline void fence_copies() {}
 inline void let_next_start() {}

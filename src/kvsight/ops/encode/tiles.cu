@@ -38,6 +38,11 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
+__device__ __forceinline__ void copy_async(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
+                 : "memory");
+}
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 #endif
 
@@ -387,8 +392,8 @@ __device__ void encode_head(const Arguments &a, int head, int from, int to, unsi
         uint4 *held = (uint4 *)(memory + HEAD_BYTES);
         for (int i = threadIdx.x; i < (int)sizeof(Head) / 4; i += THREADS)
             ((uint32_t *)memory)[i] = ((const uint32_t *)h)[i];
-#pragma unroll 8
-        for (int i = threadIdx.x; i < early.chunks * CHUNK_VECTORS; i += THREADS) held[i] = map[i];
+        for (int i = threadIdx.x; i < early.chunks * CHUNK_VECTORS; i += THREADS) copy_async(held + i, map + i);
+        copies_done();
         h = (const Head *)memory, map = held;
         memory += HEAD_BYTES + CHUNKS * CHUNK_VECTORS * sizeof(uint4);
         __syncthreads();
