@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,8 @@ def error(
     """Share of codes that differ from the twin's, by one; raises where more is wrong."""
     at, count = 37, k.shape[2] - 64
     seen = torch.tensor([at + count], dtype=torch.int32, device="cuda")
-    for side in tiles:
-        for tile in side:
-            tile.fill_(0xA5)
+    for tile in chain(*tiles):
+        tile.fill_(0xA5)
     twins = tuple([tile.clone() for tile in side] for side in tiles)
     new = k[:, :, :count], v[:, :, :count]
     writer.write(*new, seen, 0)
