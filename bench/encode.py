@@ -1,27 +1,33 @@
 """Coding keys and values on one CUDA device: bytes read and written per second, against a device copy.
 
-Many tokens at once (prefill) are coded in rows; a few (decoding) go into tiles in place.
+Rows are coded by torch or Triton; tiles in place, by one launch for K and V of a layer, with a few tokens
+(decoding) or many (prefill). Codes of many are first held to the plain-torch twin, in poisoned tiles.
 
     python bench/encode.py --json bench/results/encode-h200.json
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from attend import Case, cold, copy_bandwidth, head_widths
+from attend import Case, cold, copy_bandwidth, head_widths, setting
 from common import write
+from torch import Tensor
 
 from kvsight.cache.side import SideState, append, start
 from kvsight.cache.tiles import Tiles
 from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
 from kvsight.ops.encode import encode
+from kvsight.ops.encode.tiles import TileWriter, many_tokens, write_tiles_ref
 from kvsight.quantizers.lloyd_max import row_quantizer, uniform
 from kvsight.retention import Retention
+from kvsight.tiling import TOKENS
 from kvsight.transforms import haar
 
 
@@ -68,32 +74,87 @@ def in_place(case: Case, bits: float, new: int) -> dict[str, Any]:
     writer = tiles._writer
     assert writer is not None
     ms = cold(lambda i: writer.write(k, v, seen, 0))
-    maps = sum(side.map.nbytes for side in writer.sides)
+    maps = sum(side.operands.nbytes for side in writer.sides)
     return {"ms": ms, "TB/s": (2 * k.nbytes + maps) / ms * 1e-9}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--bits", type=float, default=4.0)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device.")
-    copy = copy_bandwidth()
-    found: list[dict[str, Any]] = []
-    for backend in ("ref", "triton"):
+def error(
+    writer: TileWriter, tiles: tuple[Sequence[Tensor], Sequence[Tensor]], k: Tensor, v: Tensor
+) -> float:
+    """Share of codes that differ from the twin's, by one; raises where more is wrong."""
+    at, count = 37, k.shape[2] - 64
+    seen = torch.tensor([at + count], dtype=torch.int32, device="cuda")
+    for tile in chain(*tiles):
+        tile.fill_(0xA5)
+    twins = tuple([tile.clone() for tile in side] for side in tiles)
+    new = k[:, :, :count], v[:, :, :count]
+    writer.write(*new, seen, 0)
+    write_tiles_ref(writer.sides, (twins[0], twins[1]), *new, at)
+    wrong = total = 0
+    for side, own, wanted in zip(writer.sides, tiles, twins, strict=True):
+        for tiling, tile, twin in zip(side.tilings, own, wanted, strict=True):
+            apart = tiling.unpack(tile[:2]).int() - tiling.unpack(twin[:2]).int()
+            if apart.abs().max() > 1 or apart[:, :at].any() or apart[:, at + count :].any():
+                raise SystemExit("tiles are wrong")
+            wrong += int(apart.count_nonzero())
+            total += apart.numel()
+    if wrong > 1e-3 * total:
+        raise SystemExit(f"{wrong / total:.1e} of the codes differ")
+    return wrong / total
+
+
+def filled(case: Case, bits: float, options: dict[str, int]) -> dict[str, Any]:
+    """All tokens of ``case`` at once: time, bytes of tokens and map read and of tiles written."""
+    encoders = Tiles(*states(case, bits, 128)).encoders
+    rooms = [[tiling.nbytes for tiling in side.tilings] for side in encoders]
+    shape = (case.batch, case.context // TOKENS)
+    tiles = [[torch.empty(*shape, n, dtype=torch.uint8, device="cuda") for n in room] for room in rooms]
+    writer = TileWriter.of(*encoders, tiles[0], tiles[1])
+    size = (case.batch, case.heads, case.context, case.dim)
+    k, v = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    wrong = error(writer, (tiles[0], tiles[1]), k, v)
+    seen = torch.tensor([case.context], dtype=torch.int32, device="cuda")
+    form = replace(many_tokens(case.dim, k.dtype, writer.image), **options)
+    ms = cold(lambda i: writer.write(k, v, seen, 0, form))
+    moved = 2 * k.nbytes + sum(t.nbytes for side in tiles for t in side)
+    moved += sum(side.operands.nbytes for side in encoders)
+    return {"bits": bits, "codes off": wrong, "ms": ms, "TB/s": moved / ms * 1e-9}
+
+
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for case in (Case(8, 8192), Case(1, 32768), Case(8, 512)):
+        for bits in (4.0, 3.0, 2.0):
+            row = filled(case, bits, dict(args.shape))
+            yield {"what": "tiles, many", "tokens": case.batch * case.context, **row}
+    for batch, new in ((1, 1), (8, 1), (32, 1), (8, 16)):
+        row = in_place(Case(batch, 128), args.bits, new)
+        yield {"what": "tiles in place", "tokens": batch * new, **row}
+    for backend in () if args.skip_rows else ("ref", "triton"):
         case = Case(8, 8192)
         try:
             row = rows(case, args.bits, backend)
         except KVSightError as error:
             row = {"refused": str(error)}
-        found.append({"what": f"rows, {backend}", "tokens": case.batch * case.context, **row})
-    for batch, new in ((1, 1), (8, 1), (32, 1), (8, 16)):
-        row = in_place(Case(batch, 128), args.bits, new)
-        found.append({"what": "tiles in place", "tokens": batch * new, **row})
-    for row in found:
+        yield {"what": f"rows, {backend}", "tokens": case.batch * case.context, **row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--bits", type=float, default=4.0, help="of rows, and of a few tokens")
+    parser.add_argument("--skip-rows", action="store_true")
+    parser.add_argument(
+        "--shape", type=setting, nargs="*", default=[], help="of the launch for many, such as warps=16"
+    )
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device.")
+    copy = copy_bandwidth()
+    found: list[dict[str, Any]] = []
+    for row in measured(args):
         share = f" ({row['TB/s'] / copy:.1%} of copy)" if "TB/s" in row else ""
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, share, flush=True)
+        print({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}, share, flush=True)
+        found.append(row)
     write({"device": torch.cuda.get_device_name(), "copy TB/s": copy, "rows": found}, args.json)
 
 

@@ -71,6 +71,8 @@ inline int current, living;
 inline Index block;
 inline Meeting all;
 inline std::map<uint64_t *, Barrier> barriers;
+// copies of 16 bytes that threads have begun
+inline std::map<int, std::vector<Copy>> begun;
 inline std::vector<Meeting> warps;
 // what every lane of a warp brings to a meeting, and takes from it
 inline uint32_t brought[32][32][12], taken[32][32][4];
@@ -105,6 +107,7 @@ inline void run(int threads, Index grid, unsigned char *memory, size_t bytes, st
                 warps.assign(threads / 32, {});
                 all = {};
                 barriers.clear();
+                begun.clear();
                 for (auto &f : fibers) {
                     f.stack.resize(1 << 17);
                     f.done = false;
@@ -137,6 +140,11 @@ inline unsigned atomicAdd(unsigned *p, unsigned v) {
     *p += v;
     return old;
 }
+inline unsigned atomicOr(unsigned *p, unsigned v) {
+    unsigned old = *p;
+    *p |= v;
+    return old;
+}
 inline uint32_t __float_as_uint(float x) {
     uint32_t y;
     memcpy(&y, &x, 4);
@@ -148,6 +156,11 @@ inline float bits_to_float(uint32_t x) {
     return y;
 }
 #define __uint_as_float bits_to_float
+inline float __fadd_ru(float x, float y) {
+    double sum = (double)x + y;
+    float rounded = (float)sum;
+    return rounded < sum ? nextafterf(rounded, INFINITY) : rounded;
+}
 inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t both = (uint64_t)b << 32 | a;
@@ -236,6 +249,39 @@ inline void mma_signed(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 inline void mma_unsigned(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     mma_8bit(c, a0, a1, a2, a3, b0, b1, false);
 }
+// two bf16 numbers in a word, rounded to nearest even
+inline uint32_t bf16_pair(float low, float high) {
+    auto bits = [](float x) {
+        uint32_t b = __float_as_uint(x);
+        return (b + 0x7fff + (b >> 16 & 1)) >> 16;
+    };
+    return bits(low) | bits(high) << 16;
+}
+// mma.m16n8k16 of bf16 numbers; sums are rounded once
+inline void mma_bf16(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    using namespace emulator;
+    int w = warp(), l = lane();
+    uint32_t mine[] = {a0, a1, a2, a3, b0, b1};
+    memcpy(brought[w][l], mine, sizeof mine);
+    memcpy(brought[w][l] + 6, c, 16);
+    meet_warp([w] {
+        float a[16][16], b[16][8];
+        auto number = [w](int lane, int word, int half) {
+            return bits_to_float(brought[w][lane][word] >> 16 * half << 16);
+        };
+        for (int row = 0; row < 16; row++)
+            for (int k = 0; k < 16; k++) a[row][k] = number(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2);
+        for (int k = 0; k < 16; k++)
+            for (int column = 0; column < 8; column++) b[k][column] = number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        for (int i = 0; i < 32; i++)
+            for (int e = 0; e < 4; e++) {
+                double sum = bits_to_float(brought[w][i][6 + e]);
+                for (int k = 0; k < 16; k++) sum += (double)a[i / 4 + 8 * (e / 2)][k] * b[k][2 * (i % 4) + e % 2];
+                taken[w][i][e] = __float_as_uint((float)sum);
+            }
+    });
+    memcpy(c, taken[w][l], 16);
+}
 inline void barrier_init(uint64_t *at) { emulator::barriers[at] = {}; }
 inline void barrier_init_done() {}
 inline void barrier_expect(uint64_t *at, int bytes) {
@@ -264,6 +310,11 @@ inline void barrier_wait(uint64_t *at, uint32_t parity) {
         abort();
     }
     b = {{}, false, 0, b.completed + 1};
+}
+inline void copy_async(void *to, const void *from) { emulator::begun[emulator::current].push_back({to, from, 16}); }
+inline void copies_done() {
+    for (auto &c : emulator::begun[emulator::current]) memcpy(c.to, c.from, c.bytes);
+    emulator::begun[emulator::current].clear();
 }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float from_half(uint16_t bits) {

@@ -1,5 +1,7 @@
 """The tile encoder, run on the CPU by an emulator of its intrinsics, against the codecs of a plan."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -9,12 +11,14 @@ from kvsight.ops.encode.tiles import (
     Encoder,
     FoldedEncoder,
     TileWriter,
+    aligned,
+    few_tokens,
     fold_encoder,
-    shared_bytes,
+    many_tokens,
     write_tiles_ref,
 )
 from kvsight.quantizers.lloyd_max import row_quantizer, uniform
-from kvsight.tiling import TOKENS
+from kvsight.tiling import CHUNK, TOKENS
 from kvsight.transforms import centre, linear
 
 DIM = 64
@@ -23,80 +27,152 @@ WIDTHS = [(8, 5, 2, 1), (4, 4, 4, 4), (6, 3, 3, 0), (2, 2, 2, 1), (1, 1, 1, 1), 
 
 def codec_of(widths, seed):
     draw = torch.Generator().manual_seed(seed)
-    mix = torch.randn(1, DIM, DIM, generator=draw, dtype=torch.float64) / 8
-    transform = centre(torch.randn(1, DIM, generator=draw, dtype=torch.float64)).then(linear(mix))
-    row = tuple(w for w in widths for _ in range(16))
+    dim = CHUNK * len(widths)
+    mix = torch.randn(1, dim, dim, generator=draw, dtype=torch.float64) / dim**0.5
+    transform = centre(torch.randn(1, dim, generator=draw, dtype=torch.float64)).then(linear(mix))
+    row = tuple(w for w in widths for _ in range(CHUNK))
     return Codec("test", transform.stored(), row_quantizer(row, uniform))
 
 
-def layer(widths, seed, rows):
-    codecs = [codec_of(w, seed + i) for i, w in enumerate(widths)]
-    parts = []
-    for head, codec in enumerate(codecs):
-        coded = codec.coded((head,), codec.encode(torch.zeros(1, 1, 0, DIM)))
-        parts.append(Encoder(coded, codec.transform.matrix, codec.transform.shift))
-    return codecs, fold_encoder(parts, rows)
+@dataclass
+class Layer:
+    """Both sides' codecs, and how the kernel has them."""
+
+    codecs: list[list[Codec]]
+    folded: list[FoldedEncoder]
+
+    @classmethod
+    def of(cls, widths):
+        out = cls([], [])
+        for rows, order in (("tokens", widths), ("coordinates", widths[::-1])):
+            codecs = [codec_of(w, i) for i, w in enumerate(order, start=50 * len(out.codecs))]
+            parts = []
+            for head, codec in enumerate(codecs):
+                coded = codec.coded((head,), codec.encode(torch.zeros(1, 1, 0, codec.format.dim)))
+                parts.append(Encoder(coded, codec.transform.matrix, codec.transform.shift))
+            out.codecs.append(codecs)
+            out.folded.append(fold_encoder(parts, rows))
+        return out
+
+    def noise(self, batch, tokens, draw):
+        """Tiles [B, n, bytes] of keys' heads, then of values', full of codes."""
+        tilings = [tiling for folded in self.folded for tiling in folded.tilings]
+        out = []
+        for tiling in tilings:
+            most = torch.tensor([2**w - 1 for w in tiling.widths if w for _ in range(CHUNK)])
+            codes = torch.randint(0, 256, (batch, tokens, tiling.stored), generator=draw) & most
+            out.append(tiling.pack(codes.to(torch.uint8)))
+        return out
+
+    def unpacked(self, tiles):
+        tilings = [tiling for folded in self.folded for tiling in folded.tilings]
+        return [tiling.unpack(own) for tiling, own in zip(tilings, tiles, strict=True)]
 
 
-def fractions(codec, x):
-    """How far each coordinate lies from the nearest boundary between codes, in steps."""
-    y = codec.transform.forward(x.double())[..., : codec.format.stored]
-    levels, starts = codec.quantizer.tables
-    first, second = levels[starts.long()].double(), levels[starts.long() + 1].double()
-    return (((y - first) / (second - first) - 0.5).remainder(1) - 0.5).abs() - 0.5
+def write(emulated, layer, tiles, new, at, shape=None):
+    """New tokens behind ``at`` of the coded ones, by the kernel that ``shape`` makes."""
+    heads, first, blocks = len(tiles) // 2, at % 3, 3
+    seen = torch.tensor([first + at + new[0].shape[2]], dtype=torch.int32)
+    if torch.cuda.is_available():
+        held = [tile.cuda() for tile in tiles]
+        there = [FoldedEncoder(f.tilings, f.map.cuda(), f.shift.cuda()) for f in layer.folded]
+        writer = TileWriter.of(*there, held[:heads], held[heads:])
+        writer.write(*(x.cuda() for x in new), seen.cuda(), first, shape)
+        return [tile.cpu() for tile in held]
+    out = [tile.clone() for tile in tiles]
+    writer = TileWriter.of(*layer.folded, out[:heads], out[heads:])
+    dim, dtype = new[0].shape[3], new[0].dtype
+    shape = shape or few_tokens(dim)
+    k, v = (aligned(x) for x in new)
+    launch = emulated("encode_tiles.cpp", SOURCES, writer.macros(shape, dtype))
+    arguments = writer.arguments(k, v, seen, first, blocks)
+    launch((blocks, 1, 1), arguments, shape.shared_bytes(dim, writer.image))
+    return out
 
 
-def write_on_gpu(folded, tiles, new, seen, first):
-    heads = len(tiles) // 2
-    held = [tile.cuda() for tile in tiles]
-    there = [FoldedEncoder(f.tilings, f.map.cuda(), f.shift.cuda()) for f in folded]
-    writer = TileWriter.of(*there, held[:heads], held[heads:])
-    writer.write(new[0].cuda(), new[1].cuda(), seen.cuda(), first)
-    return [tile.cpu() for tile in held]
+def check(layer, before, after, new, at):
+    """Codes are the codecs' own but where a number lies in the middle of two; no other token moved."""
+    heads, count = len(before) // 2, new[0].shape[2]
+    twins = [tile.clone() for tile in before]
+    write_tiles_ref(tuple(layer.folded), (twins[:heads], twins[heads:]), *new, at)
+    known = zip(*(layer.unpacked(tiles) for tiles in (before, after, twins)), strict=True)
+    for i, (old, got, twin) in enumerate(known):
+        codec, folded, head = layer.codecs[i // heads][i % heads], layer.folded[i // heads], i % heads
+        own = new[i // heads][:, head].double()
+        real = own @ folded.map[head].double() + folded.shift[head].double()
+        within = 2.0**-16 * (own.abs() @ folded.map[head].double().abs() + 1)
+        stored = codec.format.stored
+        clear = ((real - 0.5).remainder(1) - 0.5).abs()[..., :stored] < 0.5 - within[..., :stored]
+        assert clear.double().mean() > 0.95
+        wanted = codec.quantizer.codes(codec.transform.forward(own.unsqueeze(1)))[:, 0]
+        for found in (got, twin):
+            apart = found[:, at : at + count].int() - wanted.int()
+            assert not apart[clear].any()
+            assert apart.abs().max() <= 1
+        old[:, at : at + count] = got[:, at : at + count]
+        assert torch.equal(got, old)
+
+
+def tokens(layer, batch, count, dtype, draw):
+    """Keys and values [B, H, n, d] of a layer that has tokens before heads."""
+    heads, dim = len(layer.codecs[0]), layer.codecs[0][0].format.dim
+    shape = (batch, count, heads, dim)
+    return [torch.randn(shape, generator=draw).to(dtype).transpose(1, 2) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return Layer.of(WIDTHS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("start", "count"), [(0, 1), (5, 3), (62, 5), (64, 1), (120, 16)])
-@pytest.mark.parametrize("first", [0, 2])
-def test_new_tokens_join_their_tiles(emulated, start, count, first, dtype):
-    batch, heads = 2, len(WIDTHS)
-    chosen = ((WIDTHS, 0, "tokens"), (WIDTHS[::-1], 50, "coordinates"))
-    sides = [layer(*choice) for choice in chosen]
-    draw = torch.Generator().manual_seed(start)
-    shape = (batch, start + count, heads, DIM)
-    x = [torch.randn(shape, generator=draw).to(dtype).transpose(1, 2) for _ in sides]
-    length = -(-(start + count) // TOKENS)
-    tiles, before = [], []
-    for codecs, folded in sides:
-        for codec, tiling in zip(codecs, folded.tilings, strict=True):
-            shape = (batch, length * TOKENS, tiling.stored)
-            noise = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-            codes = noise & torch.tensor([2**w - 1 for w in codec.format.widths if w], dtype=torch.uint8)
-            before.append(codes)
-            tiles.append(tiling.pack(codes))
-    writer = TileWriter.of(sides[0][1], sides[1][1], tiles[:heads], tiles[heads:])
-    new = [tokens[:, :, start:] for tokens in x]
-    seen = torch.tensor([start + count + first], dtype=torch.int32)
-    twins = [tile.clone() for tile in tiles]
-    encoders = sides[0][1], sides[1][1]
-    write_tiles_ref(encoders, (twins[:heads], twins[heads:]), *new, start)
-    if torch.cuda.is_available():
-        tiles = write_on_gpu([folded for _, folded in sides], tiles, new, seen, first)
-    else:
-        launch = emulated("encode_tiles.cpp", SOURCES, writer.macros(dtype))
-        launch(writer.grid(batch), writer.arguments(*new, seen, first), shared_bytes(DIM))
-    for i, (codes, packed) in enumerate(zip(before, tiles, strict=True)):
-        (codecs, folded), tokens = sides[i // heads], new[i // heads]
-        head = i % heads
-        own = tokens[:, head : head + 1]
-        wanted = codecs[head].quantizer.codes(codecs[head].transform.forward(own.double()))[:, 0]
-        got = folded.tilings[head].unpack(packed)
-        apart = got[:, start : start + count].int() - wanted.int()
-        clear = fractions(codecs[head], own)[:, 0].abs() > 1e-4
-        assert not apart[clear].any()
-        twin = encoders[i // heads].tilings[head].unpack(twins[i])[:, start : start + count]
-        assert torch.equal(twin[clear], wanted[clear])
-        assert apart.abs().max() <= 1
-        # nothing else moved
-        codes[:, start : start + count] = got[:, start : start + count]
-        assert torch.equal(got, codes)
+@pytest.mark.parametrize(("at", "count"), [(0, 1), (5, 3), (62, 5), (64, 1), (120, 16)])
+def test_new_tokens_join_their_tiles(emulated, mixed, at, count, dtype):
+    draw = torch.Generator().manual_seed(at)
+    new = tokens(mixed, 2, count, dtype, draw)
+    before = mixed.noise(2, -(-(at + count) // TOKENS) * TOKENS, draw)
+    after = write(emulated, mixed, before, new, at)
+    check(mixed, before, after, new, at)
+
+
+@pytest.mark.parametrize(("at", "count", "dtype"), [(0, 64, torch.bfloat16), (63, 66, torch.float16)])
+def test_many_tokens_fill_tiles(emulated, mixed, at, count, dtype):
+    draw = torch.Generator().manual_seed(count)
+    new = tokens(mixed, 2, count, dtype, draw)
+    before = mixed.noise(2, -(-(at + count) // TOKENS) * TOKENS, draw)
+    after = write(emulated, mixed, before, new, at, many_tokens(DIM, dtype, 6 * 1024))
+    check(mixed, before, after, new, at)
+
+
+def test_codes_are_the_same_in_every_launch(emulated, mixed):
+    draw = torch.Generator().manual_seed(1)
+    new = tokens(mixed, 1, 69, torch.bfloat16, draw)
+    before = mixed.noise(1, 3 * TOKENS, draw)
+    together = write(emulated, mixed, before, new, 60, many_tokens(DIM, torch.bfloat16, 6 * 1024))
+    apart = before
+    for start, stop in ((0, 1), (1, 14), (14, 69)):
+        apart = write(emulated, mixed, apart, [x[:, :, start:stop] for x in new], 60 + start)
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("dim", "few"), [(80, True), (96, False), (128, True), (256, False)])
+def test_head_dims(emulated, dim, few):
+    widths = [sorted(((3 + 2 * head, 4, 2, 1, 0) * 4)[: dim // CHUNK], reverse=True) for head in range(2)]
+    layer = Layer.of([tuple(own) for own in widths])
+    draw = torch.Generator().manual_seed(dim)
+    new = tokens(layer, 1, 20, torch.bfloat16, draw)
+    before = layer.noise(1, 2 * TOKENS, draw)
+    shape = few_tokens(dim) if few else many_tokens(dim, torch.bfloat16, 1024)
+    check(layer, before, write(emulated, layer, before, new, 50, shape), new, 50)
+
+
+def test_tokens_may_lie_anywhere(emulated, mixed):
+    draw = torch.Generator().manual_seed(2)
+    wide = tokens(mixed, 1, 3, torch.bfloat16, draw)
+    before = mixed.noise(1, TOKENS, draw)
+    after = write(emulated, mixed, before, wide, 5)
+    odd = [torch.cat([x[..., :1], x], dim=-1)[..., 1:] for x in wide]
+    assert any(x.data_ptr() % 16 or x.stride(1) % 8 for x in odd)
+    for one, other in zip(after, write(emulated, mixed, before, odd, 5), strict=True):
+        assert torch.equal(one, other)

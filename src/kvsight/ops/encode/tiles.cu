@@ -1,134 +1,436 @@
-// Code a few new tokens of one layer and write them into its tiles: centre, map, round and pack in one pass.
+// Code new tokens of one layer and write them into its tiles: centre, map, round and pack in one pass.
 //
-// One block of threads does one KV head of one sequence, keys or values. A code is the nearest of evenly spaced
-// levels, so mean, map, lowest level and step are folded into one affine map. A token owns its bits of a tile:
-// bytes that it shares with other tokens are read, changed and written back by one thread.
+// A code is the nearest of evenly spaced levels, so mean, map, lowest level and step are folded into one affine map.
+// It is multiplied by tensor cores: tokens are one operand (keys the first, values the second), so that a lane ends
+// with the codes whose bytes it writes. Tokens and map are sums of bf16 parts; every code is the same sum in the same
+// order, wherever its token lies in a launch.
+//
+// Heads' tiles lie behind one another on a line, and a block of threads takes a slice of it. A team of warps does one
+// tile at a time, in shared memory: it begins with the other tokens' bits, or with zeros, and is stored as a whole.
 //
 // Compiled at run time with these macros:
 //   HEAD_DIM      d
-//   BLOCKS        most blocks of any head (src/kvsight/tiling.py)
 //   NUMBER        type of keys and values (numbers.cuh)
+//   WARPS         of a block
+//   TEAM          warps that share a tile: 1 to fill tiles, all to be quick with a few tokens
+//   GROUPS        groups of 16 tokens that a warp multiplies at once
+//   RESIDENT      whether the map of a head is kept in shared memory
+//   PER_SM        blocks that a multiprocessor should hold
 
-constexpr int THREADS = 128, CHUNK = 16, TOKENS = 64, BATCH = 4;
+constexpr int LANES = 32, CHUNK = 16, TOKENS = 64, THREADS = WARPS * LANES, CHUNKS = HEAD_DIM / CHUNK;
+// a lane reads 8 numbers of a token at once: two products of 16 coordinates
+constexpr int STEPS = (HEAD_DIM + 31) / 32, PRODUCTS = 2 * STEPS;
+// bf16 parts of a number of keys and values, and of the map
+constexpr int PARTS = NUMBER + 1, MAP_PARTS = 2;
+constexpr int CHUNK_VECTORS = PRODUCTS * MAP_PARTS * LANES;
+// with a team's warp for every chunk, its part of the map is on its way before anything else is known
+constexpr bool HELD = TEAM > 1 && TEAM >= CHUNKS && HEAD_DIM <= 128;
 
-// One side of one head. A piece is the first coordinate of its chunk, then the lowest bit of its codes, then the
-// most that a code of the chunk can be, a byte each from the lowest.
-struct Head {
-    uint8_t *tiles;
-    long long batch;  // bytes from one sequence to the next
-    int count4, count2, count1, stored;
-    uint32_t pieces[BLOCKS];
+#ifndef EMULATED
+__device__ __forceinline__ void mma_bf16(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                         uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+__device__ __forceinline__ void copy_async(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
+                 : "memory");
+}
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ float bits_to_float(uint32_t x) { return __uint_as_float(x); }
+#endif
+
+// 16 coordinates of one head. The pieces of their codes (src/kvsight/tiling.py) are, from the lowest bit: the word of
+// the tile where a block begins (16 bits); its size; its lowest bit; its place in a nibble (4 each); whether it is
+// left over (1). A size of 0 is no piece.
+struct Coordinates {
+    float shift[CHUNK];  // less a half: a code is x @ map + shift, rounded up
+    uint32_t pieces[2];
 };
+// One side of one head: its tiles, bytes from one sequence to the next, bytes of a tile, chunks that have any bits,
+// words of blocks that fill their nibbles, words of 2-bit blocks left over.
+struct Store {
+    uint8_t *tiles;
+    long long batch;
+    int nbytes, chunks, whole, pairs;
+};
+struct Head {
+    Store store;
+    Coordinates coordinates[CHUNKS];
+};
+constexpr int HEAD_BYTES = (sizeof(Head) + 127) / 128 * 128;
 struct Side {
     const Number *tokens;  // x[b, h, i, :] is `tokens + b · batch + h · head + i · token`
     const Head *heads;
-    const float *map;      // [heads, HEAD_DIM, HEAD_DIM]: a code is x @ map + shift, rounded
-    const float *shift;    // [heads, HEAD_DIM]
+    const uint4 *map;      // [heads, CHUNKS, PRODUCTS, MAP_PARTS, LANES]
     long long batch, head, token;
 };
 struct Arguments {
-    Side sides[2];          // keys, values
-    const int *seen;        // [1]: tokens of a sequence, the new ones included
-    int count, first;       // new tokens; tokens before the coded ones
+    Side sides[2];     // keys, values
+    const int *seen;   // [1]: tokens of a sequence, the new ones included
+    int count, first;  // new tokens; tokens before the coded ones
+    int heads, batch;
+    int tiles;         // the most tiles of a sequence that new tokens can touch
+    int blocks;        // of threads
+    int image;         // bytes of shared memory for a tile
 };
-constexpr int CODES = HEAD_DIM;
 
-__device__ __forceinline__ uint32_t piece(const uint8_t *codes, uint32_t piece, int column, int size) {
-    return codes[(piece & 255) + column] >> (piece >> 8 & 255) & ((1u << size) - 1);
+// New tokens of a sequence lie in [begin, end) of the coded ones; the tile begins with token `at`.
+struct Span {
+    int at, begin, end;
+    __device__ bool has(int token) const { return at + token >= begin && at + token < end; }
+    __device__ bool whole() const { return at >= begin && at + TOKENS <= end; }
+    __device__ bool meets(int from, int tokens) const { return at + from < end && at + from + tokens > begin; }
+};
+
+// Bits of new tokens in the word of 16 of them and four columns that a lane has of a block.
+template <bool KEYS> __device__ uint32_t new_bits(const Span &span, int lane, int group) {
+    const int g = 16 * group + lane / 4, t = 16 * group + lane % 4 * 2;
+    if (KEYS) return (span.has(g) ? 0x0f0f0f0fu : 0) | (span.has(g + 8) ? 0xf0f0f0f0u : 0);
+    return (span.has(t) ? 0xffu : 0) | (span.has(t + 8) ? 0xff00u : 0) | (span.has(t + 1) ? 0xff0000u : 0) |
+           (span.has(t + 9) ? 0xff000000u : 0);
 }
 
-// The bytes of one token. Keys: a nibble for each of 16 columns. Values: a byte for each of 8 pairs of rows.
-__device__ void write_token(const Head &h, const uint8_t *codes, uint8_t *tile, int at, bool keys) {
-    const int group = at / 16, inner = at % 16;
-    const int pairs = h.count2 / 2, quads = h.count1 / 4, rest2 = h.count2 & 1, rest1 = h.count1 & 3;
-    const int whole = h.count4 + pairs + quads, work = whole + rest2 + rest1, lines = keys ? 16 : 8;
-    for (int i = threadIdx.x; i < work * lines; i += THREADS) {
-        const int line = i % lines, unit = i / lines;
-        const int lane = keys ? 4 * (inner % 8) + line / 4 : 4 * line + inner % 8 / 2;
-        const int byte = keys ? line % 4 : 2 * (inner % 2) + inner / 8;
-        const int size = unit < h.count4 ? 4
-                         : unit < h.count4 + pairs ? 2
-                         : unit < whole ? 1
-                         : unit < whole + rest2 ? 2 : 1;
-        const int share = 4 / size;
-        int block, slots, slot0, offset;
-        if (unit < whole) {
-            block = size == 4 ? unit
-                    : size == 2 ? h.count4 + 2 * (unit - h.count4)
-                                : h.count4 + h.count2 + 4 * (unit - h.count4 - pairs);
-            slots = share, slot0 = 0;
-            offset = 512 * unit + 16 * lane + 4 * group + byte;
-        } else {
-            const int single = unit - whole - rest2;
-            block = size == 2 ? h.count4 + h.count2 - 1 : h.count4 + h.count2 + 4 * quads + single;
-            slots = 1, slot0 = group % share;
-            offset = 512 * whole + (size == 1 ? 256 * rest2 + 128 * single : 0) + 4 * size * lane +
-                     4 * (group / share) + byte;
-        }
-        uint32_t value = 0, mask = 0;
-        for (int s = 0; s < slots; s++) {
-            const int down = size * (slot0 + s);
-            const uint32_t all = (1u << size) - 1, own = h.pieces[block + s];
-            if (keys) {
-                const int up = down + 4 * (inner / 8);
-                value |= piece(codes, own, line, size) << up, mask |= all << up;
-            } else {
-                value |= piece(codes, own, line, size) << down | piece(codes, own, line + 8, size) << (down + 4);
-                mask |= all << down | all << (down + 4);
-            }
-        }
-        tile[offset] = (uint8_t)((mask == 255 ? 0 : tile[offset] & ~mask) | value);
+// The same in a lane's words of blocks that fill their nibbles, of 2-bit blocks left over, and of 1-bit ones.
+template <bool KEYS> struct NewBits {
+    uint32_t whole[4], pairs[2], single = 0;
+
+    __device__ NewBits(const Span &span, int lane) {
+#pragma unroll
+        for (int group = 0; group < 4; group++) whole[group] = new_bits<KEYS>(span, lane, group);
+#pragma unroll
+        for (int i = 0; i < 2; i++) pairs[i] = (whole[2 * i] & 0x33333333u) | (whole[2 * i + 1] & 0xccccccccu);
+#pragma unroll
+        for (int group = 0; group < 4; group++) single |= whole[group] & 0x11111111u << group;
+    }
+    __device__ bool any() const { return whole[0] | whole[1] | whole[2] | whole[3]; }
+    __device__ uint4 without(const uint4 &x) const {
+        return {x.x & ~whole[0], x.y & ~whole[1], x.z & ~whole[2], x.w & ~whole[3]};
+    }
+    __device__ uint2 without(const uint2 &x) const { return {x.x & ~pairs[0], x.y & ~pairs[1]}; }
+    __device__ uint32_t without(uint32_t x) const { return x & ~single; }
+};
+
+// Words of a tile that have bits of new tokens, from one tile to another; with old bits only.
+template <bool KEYS, bool OLD>
+__device__ __forceinline__ void copy_words(uint8_t *to, const uint8_t *from, const Store &h, const Span &span, int warp,
+                                           int lane) {
+    const NewBits<KEYS> bits(span, lane);
+    if (!bits.any()) return;
+    for (int i = warp * LANES + lane; i < h.whole / 4; i += TEAM * LANES) {
+        const uint4 x = ((const uint4 *)from)[i];
+        ((uint4 *)to)[i] = OLD ? bits.without(x) : x;
+    }
+    from += 4 * h.whole, to += 4 * h.whole;
+    if (h.pairs && warp == 0) {
+        const uint2 x = ((const uint2 *)from)[lane];
+        ((uint2 *)to)[lane] = OLD ? bits.without(x) : x;
+    }
+    for (int i = h.pairs + warp * LANES + lane; i < h.nbytes / 4 - h.whole; i += TEAM * LANES) {
+        const uint32_t x = ((const uint32_t *)from)[i];
+        ((uint32_t *)to)[i] = OLD ? bits.without(x) : x;
     }
 }
 
+// Rows g and g + 8 of groups of 16 tokens. A lane has numbers 8t to 8t + 7 of 32, two in a word.
+struct Rows {
+    uint32_t words[PARTS][STEPS][GROUPS][2][4];
+};
+
+// Eight numbers as sums of bf16 parts.
+__device__ __forceinline__ void split(Rows &rows, int step, int group, int half, const Number *from) {
+    const uint4 *wide = (const uint4 *)from;
+#if NUMBER == 0
+    const uint4 x = wide[0];
+    uint32_t *out = rows.words[0][step][group][half];
+    out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
+#else
+#if NUMBER == 1
+    const uint4 x = wide[0];
+    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+    float rest[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) rest[i] = number((uint16_t)(pairs[i / 2] >> 16 * (i % 2)));
+#else
+    const uint4 x = wide[0], y = wide[1];
+    const uint32_t bits[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+    float rest[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) rest[i] = bits_to_float(bits[i]);
+#endif
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t pair = bf16_pair(rest[2 * i], rest[2 * i + 1]);
+            rest[2 * i] -= bits_to_float(pair << 16), rest[2 * i + 1] -= bits_to_float(pair & 0xffff0000u);
+            rows.words[part][step][group][half][i] = pair;
+        }
+#endif
+}
+
+// `tokens` is the row that the first token of the tile has, or would have.
+__device__ __forceinline__ void load_rows(Rows &rows, const Number *tokens, long long stride, const Span &span,
+                                          int from, int lane) {
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int token = from + 16 * group + 8 * half + lane / 4, column = lane % 4 * 8;
+            const Number *row = tokens + token * stride + column;
+            const bool real = span.has(token);
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) rows.words[part][step][group][half][i] = 0;
+                if (real && (HEAD_DIM % 32 == 0 || 32 * step + column < HEAD_DIM))
+                    split(rows, step, group, half, row + 32 * step);
+            }
+        }
+}
+
+// What 16 coordinates want besides tokens.
+template <bool KEYS> struct Chunk {
+    const uint4 *map;
+    uint4 held[HELD ? PRODUCTS : 1][MAP_PARTS];
+    float shift[4];
+    uint32_t pieces[2];
+
+    __device__ __forceinline__ Chunk(const Head &h, const uint4 *all, int chunk, int lane) {
+        map = all + chunk * CHUNK_VECTORS + lane;
+        if (HELD)
+#pragma unroll
+            for (int i = 0; i < PRODUCTS; i++)
+#pragma unroll
+                for (int part = 0; part < MAP_PARTS; part++) held[i][part] = map[(i * MAP_PARTS + part) * LANES];
+        const Coordinates &own = h.coordinates[chunk];
+        // keys: columns 4t to 4t + 3; values: rows g and g + 8
+#pragma unroll
+        for (int i = 0; i < (KEYS ? 4 : 2); i++) shift[i] = own.shift[KEYS ? lane % 4 * 4 + i : lane / 4 + 8 * i];
+        pieces[0] = own.pieces[0], pieces[1] = own.pieces[1];
+    }
+    __device__ __forceinline__ uint4 operand(int product, int part) const {
+        return HELD ? held[product][part] : map[(product * MAP_PARTS + part) * LANES];
+    }
+};
+
+// Two products of one group of tokens. Keys: columns 0, 1 and 2, 3 of four, tokens g and g + 8. Values: tokens 2t,
+// 2t + 1 and those 8 behind, coordinates g and g + 8.
+template <bool KEYS>
+__device__ __forceinline__ void multiply(float (&y)[2][4], const uint32_t (&rows)[2][4], int s, const uint4 &m) {
+    const uint32_t x0 = rows[0][2 * s], x1 = rows[1][2 * s], x2 = rows[0][2 * s + 1], x3 = rows[1][2 * s + 1];
+    if (KEYS) {
+        mma_bf16(y[0], x0, x1, x2, x3, m.x, m.y);
+        mma_bf16(y[1], x0, x1, x2, x3, m.z, m.w);
+    } else {
+        mma_bf16(y[0], m.x, m.y, m.z, m.w, x0, x2);
+        mma_bf16(y[1], m.x, m.y, m.z, m.w, x1, x3);
+    }
+}
+
+template <bool KEYS>
+__device__ __forceinline__ void map_rows(float (&y)[GROUPS][2][4], const Rows &rows, const Chunk<KEYS> &chunk) {
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) y[group][n][e] = chunk.shift[KEYS ? 2 * n + e % 2 : e / 2];
+#pragma unroll
+    for (int i = 0; i < PRODUCTS; i++) {
+        const uint4 m[MAP_PARTS] = {chunk.operand(i, 0), chunk.operand(i, 1)};
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+#pragma unroll
+            // the last parts of both are beyond what the map is known to
+            for (int k = 0; k < (part == 2 ? 1 : MAP_PARTS); k++)
+#pragma unroll
+                for (int group = 0; group < GROUPS; group++)
+                    multiply<KEYS>(y[group], rows.words[part][i / 2][group], i % 2, m[k]);
+    }
+}
+
+// The code in the lowest byte. What is added leaves no digits behind the point.
+__device__ __forceinline__ uint32_t rounded_up(float y, float most) {
+    return __float_as_uint(__fadd_ru(fminf(fmaxf(y, 0.f), most), 8388608.f));
+}
+
+// Codes of row g (first = 0) or g + 8 (first = 2), a byte for each column.
+template <bool KEYS> __device__ __forceinline__ uint32_t codes(const float (&y)[2][4], int first, float most) {
+    const uint32_t a = __byte_perm(rounded_up(y[0][first], most), rounded_up(y[0][first + 1], most), 0x40);
+    const uint32_t b = __byte_perm(rounded_up(y[1][first], most), rounded_up(y[1][first + 1], most), 0x40);
+    return __byte_perm(a, b, KEYS ? 0x5410 : 0x5140);
+}
+
+struct alignas(4 * GROUPS) Words {
+    uint32_t of[GROUPS];
+};
+
+// Add bits to a tile. Words of a lane are its own, unless the team has other warps.
+__device__ __forceinline__ void add(uint32_t *word, uint32_t bits) {
+    if (TEAM > 1)
+        atomicOr(word, bits);
+    else
+        *word |= bits;
+}
+__device__ __forceinline__ void add(uint32_t *words, const Words &bits) {
+    if (TEAM > 1) {
+#pragma unroll
+        for (int i = 0; i < GROUPS; i++) atomicOr(words + i, bits.of[i]);
+    } else {
+        Words all = *(Words *)words;
+#pragma unroll
+        for (int i = 0; i < GROUPS; i++) all.of[i] |= bits.of[i];
+        *(Words *)words = all;
+    }
+}
+
+template <bool KEYS>
+__device__ __forceinline__ void pack(uint32_t *image, const float (&y)[GROUPS][2][4], const Chunk<KEYS> &chunk,
+                                     const Words &own, int first_group, int lane) {
+    const int width = (chunk.pieces[0] >> 16 & 15) + (chunk.pieces[1] >> 16 & 15);
+    const float most = (float)((1 << width) - 1);
+    uint32_t low[GROUPS], high[GROUPS];
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++)
+        low[group] = codes<KEYS>(y[group], 0, most), high[group] = codes<KEYS>(y[group], 2, most);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t piece = chunk.pieces[i];
+        const int size = piece >> 16 & 15, down = piece >> 20 & 15, up = piece >> 24 & 15;
+        if (!size) continue;
+        uint32_t *block = image + (piece & 0xffff);
+        const uint32_t mask = ((1u << size) - 1) * 0x01010101u;
+        Words bits;
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++)
+            bits.of[group] = (((low[group] >> down & mask) | (high[group] >> down & mask) << 4) & own.of[group]) << up;
+        if (!(piece >> 28)) {
+            add(block + 4 * lane + first_group, bits);
+        } else {
+            // groups of tokens take the places of a nibble in turn
+#pragma unroll
+            for (int j = 0; j < GROUPS; j++) {
+                const int group = first_group + j;
+                add(block + size * lane + group * size / 4, bits.of[j] << group * size % 4);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void meet_team() {
+    if (TEAM > 1)
+        __syncthreads();
+    else
+        __syncwarp();
+}
+
+template <bool KEYS>
+__device__ __forceinline__ void begin_tile(uint32_t *image, const uint8_t *tile, const Store &h, const Span &span,
+                                           int warp, int lane) {
+    if (span.whole())
+        for (int i = warp * LANES + lane; i < h.nbytes / 16; i += TEAM * LANES) ((uint4 *)image)[i] = {0, 0, 0, 0};
+    else
+        copy_words<KEYS, true>((uint8_t *)image, tile, h, span, warp, lane);
+    meet_team();
+}
+
+template <bool KEYS>
+__device__ void encode_tile(const Head &head, const Store &h, const Number *tokens, long long stride, uint8_t *tile,
+                            const Span &span, const uint4 *map, const Chunk<KEYS> &first, uint32_t *image) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES % TEAM;
+    // to be quick, old bits are read while tokens are on their way; to fill tiles, registers are dearer
+    bool begun = TEAM == 1;
+    if (begun) begin_tile<KEYS>(image, tile, h, span, warp, lane);
+#pragma unroll 1
+    for (int group = 0; group < TOKENS / 16; group += GROUPS) {
+        if (!span.meets(16 * group, 16 * GROUPS)) continue;
+        Rows rows;
+        load_rows(rows, tokens, stride, span, 16 * group, lane);
+        if (!begun) begin_tile<KEYS>(image, tile, h, span, warp, lane), begun = true;
+        Words own;
+#pragma unroll
+        for (int j = 0; j < GROUPS; j++) own.of[j] = new_bits<KEYS>(span, lane, group + j);
+        float y[GROUPS][2][4];
+        if (HELD) {
+            if (warp < h.chunks) map_rows(y, rows, first), pack(image, y, first, own, group, lane);
+        } else {
+#pragma unroll 1
+            for (int c = warp; c < h.chunks; c += TEAM) {
+                const Chunk<KEYS> chunk(head, map, c, lane);
+                map_rows(y, rows, chunk), pack(image, y, chunk, own, group, lane);
+            }
+        }
+    }
+    meet_team();
+    if (span.whole())
+        for (int i = warp * LANES + lane; i < h.nbytes / 16; i += TEAM * LANES)
+            ((uint4 *)tile)[i] = ((const uint4 *)image)[i];
+    else
+        copy_words<KEYS, false>(tile, (const uint8_t *)image, h, span, warp, lane);
+    meet_team();
+}
+
+// Tiles [from, to) of all sequences of one head.
+template <bool KEYS>
+__device__ void encode_head(const Arguments &a, int head, int from, int to, unsigned char *memory) {
+    const Side &side = a.sides[KEYS ? 0 : 1];
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, team = warp / TEAM;
+    const Head *h = side.heads + head;
+    const Store early = h->store;
+    const uint4 *map = side.map + (long long)head * CHUNKS * CHUNK_VECTORS;
+    const Chunk<KEYS> first(*h, map, HELD ? warp : 0, lane);
+    if (RESIDENT) {
+        uint4 *held = (uint4 *)(memory + HEAD_BYTES);
+        for (int i = threadIdx.x; i < (int)sizeof(Head) / 4; i += THREADS)
+            ((uint32_t *)memory)[i] = ((const uint32_t *)h)[i];
+        for (int i = threadIdx.x; i < early.chunks * CHUNK_VECTORS; i += THREADS) copy_async(held + i, map + i);
+        copies_done();
+        h = (const Head *)memory, map = held;
+        memory += HEAD_BYTES + CHUNKS * CHUNK_VECTORS * sizeof(uint4);
+        __syncthreads();
+    }
+    const Store &store = RESIDENT ? h->store : early;
+    uint32_t *image = (uint32_t *)(memory + team * a.image);
+    const int position = *a.seen - a.count - a.first, begin = max(position, 0);
+    for (int i = from + team; i < to; i += WARPS / TEAM) {
+        const int sequence = i / a.tiles, tile = begin / TOKENS + i % a.tiles;
+        const Span span = {tile * TOKENS, begin, position + a.count};
+        if (span.at >= span.end) continue;
+        const Number *tokens =
+            side.tokens + sequence * side.batch + head * side.head + (span.at - position) * side.token;
+        uint8_t *out = store.tiles + sequence * store.batch + (long long)tile * store.nbytes;
+        encode_tile<KEYS>(*h, store, tokens, side.token, out, span, map, first, image);
+    }
+    if (RESIDENT) __syncthreads();
+}
+
 __device__ void encode_block(const Arguments &a, unsigned char *memory) {
-    const int head = blockIdx.x / 2, sequence = blockIdx.y;
-    const bool keys = blockIdx.x % 2 == 0;
-    const Side &side = a.sides[keys ? 0 : 1];
-    const Head &h = side.heads[head];
-    float *x = (float *)memory;                           // [BATCH, HEAD_DIM]
-    uint8_t *codes = (uint8_t *)(x + BATCH * HEAD_DIM);   // [BATCH, CODES]
-    const Number *tokens = side.tokens + sequence * side.batch + head * side.head;
-    const float *map = side.map + (long long)head * HEAD_DIM * HEAD_DIM, *shift = side.shift + head * HEAD_DIM;
-    const int position = *a.seen - a.count - a.first;
-    const int tile_bytes = 128 * (4 * h.count4 + 2 * h.count2 + h.count1);
-    for (int from = 0; from < a.count; from += BATCH) {
-        const int some = a.count - from < BATCH ? a.count - from : BATCH;
-        for (int i = threadIdx.x; i < some * HEAD_DIM; i += THREADS)
-            x[i] = number(tokens[(from + i / HEAD_DIM) * side.token + i % HEAD_DIM]);
-        __syncthreads();
-        for (int i = threadIdx.x; i < h.stored; i += THREADS) {
-            float y[BATCH];
-#pragma unroll
-            for (int n = 0; n < BATCH; n++) y[n] = shift[i];
-#pragma unroll 8
-            for (int j = 0; j < HEAD_DIM; j++) {
-                const float m = map[j * HEAD_DIM + i];
-#pragma unroll
-                for (int n = 0; n < BATCH; n++) y[n] = fmaf(x[n * HEAD_DIM + j], m, y[n]);
-            }
-            uint32_t most = 0;
-            for (int b = 0; b < h.count4 + h.count2 + h.count1; b++)
-                if ((h.pieces[b] & 255) == (uint32_t)(i / CHUNK * CHUNK)) most = h.pieces[b] >> 16;
-            // halfway goes down, as in the reference
-            for (int n = 0; n < some; n++)
-                codes[n * CODES + i] = (uint8_t)fminf(fmaxf(ceilf(y[n] - 0.5f), 0.f), (float)most);
-        }
-        __syncthreads();
-        for (int n = 0; n < some; n++) {
-            const int at = position + from + n;
-            if (at >= 0) {
-                uint8_t *tile = h.tiles + sequence * h.batch + (long long)(at / TOKENS) * tile_bytes;
-                write_token(h, codes + n * CODES, tile, at % TOKENS, keys);
-            }
-            __syncthreads();
-        }
+    const long long per_head = (long long)a.batch * a.tiles, all = 2 * a.heads * per_head;
+    const long long end = all * (blockIdx.x + 1) / a.blocks;
+    for (long long at = all * blockIdx.x / a.blocks; at < end;) {
+        const int owner = (int)(at / per_head);
+        const long long before = owner * per_head, stop = min(end, before + per_head);
+        const int from = (int)(at - before), to = (int)(stop - before);
+        if (owner % 2 == 0)
+            encode_head<true>(a, owner / 2, from, to, memory);
+        else
+            encode_head<false>(a, owner / 2, from, to, memory);
+        at = stop;
     }
 }
 
 #ifndef EMULATED
-extern "C" __global__ void __launch_bounds__(THREADS) encode_tiles(const Arguments a) {
-    __shared__ __align__(16) unsigned char memory[BATCH * HEAD_DIM * 4 + BATCH * CODES];
+extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) encode_tiles(const Arguments a) {
+    extern __shared__ __align__(128) unsigned char memory[];
     encode_block(a, memory);
 }
 #endif

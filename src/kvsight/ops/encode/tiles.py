@@ -1,27 +1,36 @@
 """What the tile encoder wants of a layer's codecs, and its launch on NVIDIA GPUs.
 
 Centring, the map to coordinates, the lowest level and the step of evenly spaced codebooks make one affine
-map: a code is the nearest integer to it, halfway down, within its width. The kernel computes in fp32, so a
-code can differ by one from the reference's, which computes in fp64, where the number lies within fp32
-rounding of the middle between two levels.
+map: a code is the nearest integer to it, halfway down, within its width. The kernel multiplies bf16 parts
+of tokens and of the map, two of the map, and sums in fp32, so a code can differ by one from the
+reference's, which computes in fp64, where the number lies within 2^-16 Σ_i |x_i map_ij| of the middle
+between two levels. A token gets the same code in every launch, with few tokens or many.
 """
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvsight.ops.attend.ref import Coded
-from kvsight.ops.attend.tiles import most_blocks, steps, tiling_of
+from kvsight.ops.attend.tiles import steps, tiling_of
 from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, compiled
-from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling
+from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling, lane_bytes
 
 SOURCES = (NUMBERS_SOURCE, Path(__file__).with_name("tiles.cu"))
-_BATCH = 4
-_THREADS = 128
+_LANES = 32
+# coordinates that a lane group reads of a token at once
+_STEP = 32
+_MAP_PARTS = 2
+# tiles that get a block of threads each; more are filled by warps
+_FEW_TILES = 512
+# of a multiprocessor of Hopper; every block takes 1 KB more than it asks for
+_SHARED_BYTES = 228 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +53,67 @@ class FoldedEncoder:
     map: Tensor
     shift: Tensor
 
+    @cached_property
+    def operands(self) -> Tensor:
+        """``map`` in two bf16 parts as operands of tensor cores.
+
+        [H, chunks, products, 2, 32, 8]: 16 coordinates, 16 rows of the map, part, lane, what a lane holds.
+        """
+        heads, dim, columns = self.map.shape
+        rows = torch.nn.functional.pad(self.map, (0, 0, 0, -dim % _STEP))
+        high = rows.bfloat16()
+        parts = torch.stack([high, (rows - high.float()).bfloat16()])
+        # a lane has numbers 8t to 8t + 7 of 32: four for each of two products, in two halves
+        split: Tensor = parts.view(_MAP_PARTS, heads, -1, 4, 2, 2, 2, columns)
+        if self.tilings[0].rows == "tokens":
+            # coordinate 4t + 2n + j is column 2t + j of product n: a lane gets four that lie together
+            split = split.view(*split.shape[:-1], -1, 4, 2, 2).permute(1, 7, 2, 4, 0, 8, 10, 3, 9, 5, 6)
+        else:
+            # coordinate 8r + g
+            split = split.view(*split.shape[:-1], -1, 2, 8).permute(1, 7, 2, 4, 0, 9, 3, 5, 8, 6)
+        return split.reshape(heads, columns // CHUNK, -1, _MAP_PARTS, _LANES, 8)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How threads share the work: a team of warps does a tile, ``groups`` x 16 tokens at once.
+
+    ``resident`` keeps a head's map in shared memory; ``per_sm`` blocks should fit a multiprocessor, which
+    gets ``waves`` times as many one after another, as heads take different times.
+    """
+
+    warps: int
+    team: int
+    groups: int
+    resident: bool
+    per_sm: int
+    waves: int = 4
+
+    def macros(self) -> tuple[tuple[str, int], ...]:
+        return (
+            ("WARPS", self.warps),
+            ("TEAM", self.team),
+            ("GROUPS", self.groups),
+            ("RESIDENT", int(self.resident)),
+            ("PER_SM", self.per_sm),
+        )
+
+    def shared_bytes(self, dim: int, image: int) -> int:
+        """Shared memory of a block, with tiles of ``image`` bytes."""
+        return self.resident * _resident_bytes(dim) + self.warps // self.team * image
+
+    def blocks(self, tiles: int, multiprocessors: int) -> int:
+        """Blocks of threads for so many tiles."""
+        return min(-(-tiles * self.team // self.warps), self.waves * self.per_sm * multiprocessors)
+
+    def fits(self, dim: int, image: int) -> bool:
+        """Whether a multiprocessor has shared memory for ``per_sm`` blocks."""
+        return self.per_sm * (self.shared_bytes(dim, image) + 1024) <= _SHARED_BYTES
+
 
 class _Side(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "heads", "map", "shift")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "heads", "map")),
         *((name, ctypes.c_longlong) for name in ("batch", "head", "token")),
     )
 
@@ -58,8 +124,10 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         ("sides", _Side * 2),
         ("seen", ctypes.c_void_p),
-        ("count", ctypes.c_int),
-        ("first", ctypes.c_int),
+        *(
+            (name, ctypes.c_int)
+            for name in ("count", "first", "heads", "batch", "tiles", "blocks", "image")
+        ),
     )
 
 
@@ -94,7 +162,8 @@ class TileWriter:
 
     sides: tuple[FoldedEncoder, FoldedEncoder]
     heads: tuple[Tensor, Tensor]
-    blocks: int
+    operands: tuple[Tensor, Tensor]
+    image: int
 
     @classmethod
     def of(
@@ -105,52 +174,109 @@ class TileWriter:
         value_tiles: Sequence[Tensor],
     ) -> "TileWriter":
         """Into tiles [B, n, nbytes] of each head."""
-        blocks = max(most_blocks(keys.tilings), most_blocks(values.tilings))
-        heads = (_heads(keys, key_tiles, blocks), _heads(values, value_tiles, blocks))
-        return cls((keys, values), heads, blocks)
+        most = max(tiling.nbytes for side in (keys, values) for tiling in side.tilings)
+        # rounded up so that few kernels serve all layers
+        image = max(1, -(-most // 1024)) * 1024
+        heads = _heads(keys, key_tiles), _heads(values, value_tiles)
+        return cls((keys, values), heads, (keys.operands, values.operands), image)
 
-    def macros(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-        dim = self.sides[0].map.shape[-1]
-        return (("HEAD_DIM", dim), ("BLOCKS", self.blocks), ("NUMBER", NUMBERS[dtype]))
+    def macros(self, shape: Shape, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+        return (("HEAD_DIM", self.sides[0].map.shape[-1]), ("NUMBER", NUMBERS[dtype]), *shape.macros())
 
-    def grid(self, batch: int) -> tuple[int, int, int]:
-        return 2 * len(self.sides[0].tilings), batch, 1
-
-    def arguments(self, k: Tensor, v: Tensor, seen: Tensor, first: int) -> Arguments:
-        """For new tokens [B, H, n, d], contiguous in d; ``seen`` int32 [1] counts them already."""
+    def arguments(self, k: Tensor, v: Tensor, seen: Tensor, first: int, blocks: int) -> Arguments:
+        """For new tokens [B, H, n, d], ``aligned``; ``seen`` int32 [1] counts them already."""
         sides = [
-            _Side(
-                x.data_ptr(), heads.data_ptr(), side.map.data_ptr(), side.shift.data_ptr(), *x.stride()[:3]
-            )
-            for x, heads, side in zip((k, v), self.heads, self.sides, strict=True)
+            _Side(x.data_ptr(), heads.data_ptr(), operands.data_ptr(), *x.stride()[:3])
+            for x, heads, operands in zip((k, v), self.heads, self.operands, strict=True)
         ]
-        return Arguments((_Side * 2)(*sides), seen.data_ptr(), k.shape[2], first)
+        batch, heads, new = k.shape[:3]
+        counts = (new, first, heads, batch, most_tiles(new), blocks, self.image)
+        return Arguments((_Side * 2)(*sides), seen.data_ptr(), *counts)
 
-    def write(self, k: Tensor, v: Tensor, seen: Tensor, first: int) -> None:
-        """Queue it on the current stream."""
-        kernel = compiled(SOURCES, "encode_tiles", self.macros(k.dtype), 0)
-        kernel.launch(self.grid(k.shape[0]), _THREADS, self.arguments(k, v, seen, first))
+    def write(self, k: Tensor, v: Tensor, seen: Tensor, first: int, shape: Shape | None = None) -> None:
+        """Queue it on the current stream, for any number of new tokens [B, H, n, d], contiguous in d.
+
+        ``seen`` int32 [1] on the device counts them already, and ``first`` tokens that have no codes.
+        """
+        batch, heads, new, dim = k.shape
+        if new == 0:
+            return
+        k, v = aligned(k), aligned(v)
+        tiles = 2 * heads * batch * most_tiles(new)
+        if shape is None:
+            shape = few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, k.dtype, self.image)
+        blocks = shape.blocks(tiles, _multiprocessors(k.device))
+        macros, shared_bytes = self.macros(shape, k.dtype), shape.shared_bytes(dim, self.image)
+        kernel = compiled(SOURCES, "encode_tiles", macros, shared_bytes)
+        kernel.launch((blocks, 1, 1), _LANES * shape.warps, self.arguments(k, v, seen, first, blocks))
 
 
-def shared_bytes(dim: int) -> int:
-    """Shared memory of a block."""
-    return _BATCH * dim * 5
+def most_tiles(new: int) -> int:
+    """The most tiles of a sequence that new tokens can touch, wherever they begin."""
+    return (new + 2 * TOKENS - 2) // TOKENS
 
 
-def _heads(side: FoldedEncoder, tiles: Sequence[Tensor], blocks: int) -> Tensor:
-    """The kernel's ``Head`` of every KV head, int64 words."""
+def few_tokens(dim: int) -> Shape:
+    """A tile for a block of threads, 16 coordinates for a warp."""
+    warps = min(8, dim // CHUNK)
+    return Shape(warps, warps, groups=1, resident=False, per_sm=1, waves=16)
+
+
+def many_tokens(dim: int, dtype: torch.dtype, image: int) -> Shape:
+    """A tile of at most ``image`` bytes for a warp."""
+    # registers hold all numbers of as many tokens
+    groups = 2 if dtype is torch.bfloat16 and dim <= 128 else 1
+    per_sm = 2 if dtype is not torch.float32 and dim <= 128 else 1
+    wanted = Shape(8, 1, groups, resident=True, per_sm=per_sm)
+    shapes = wanted, replace(wanted, warps=8 * per_sm, per_sm=1), replace(wanted, per_sm=1)
+    for shape in shapes:
+        if shape.fits(dim, image):
+            return shape
+    return replace(wanted, resident=False, per_sm=1)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Tokens as the kernel reads them, 16 bytes at a time: a copy where they do not lie so."""
+    steps = [n for n, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    addresses = [x.data_ptr(), *(n * x.element_size() for n in steps)]
+    if x.stride(3) == 1 and not any(address % 16 for address in addresses):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _resident_bytes(dim: int) -> int:
+    """The map of a head, and its ``Head``."""
+    head = 32 + dim // CHUNK * 4 * (CHUNK + 2)
+    return -(-head // 128) * 128 + -(-dim // _STEP) * _STEP * dim * _MAP_PARTS * 2
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _heads(side: FoldedEncoder, tiles: Sequence[Tensor]) -> Tensor:
+    """The kernel's ``Head`` of every KV head, int32 words."""
+    # what is rounded up, not to the nearest
+    shifts = (side.shift - 0.5).cpu().view(torch.int32).view(len(tiles), -1, CHUNK).tolist()
     rows: list[list[int]] = []
-    for tiling, own in zip(side.tilings, tiles, strict=True):
-        sizes = [block.size for block in tiling.blocks]
-        pieces = [
-            CHUNK * block.chunk | block.low << 8 | (2 ** tiling.widths[block.chunk] - 1) << 16
-            for block in tiling.blocks
-        ]
-        halves = [sizes.count(4), sizes.count(2), sizes.count(1), tiling.stored, *pieces]
-        halves += [0] * (4 + blocks + blocks % 2 - len(halves))
-        words = [low | high << 32 for low, high in zip(halves[::2], halves[1::2], strict=True)]
-        rows.append([own.data_ptr(), own.stride(0), *words])
-    return torch.tensor(rows, dtype=torch.int64, device=tiles[0].device)
+    for tiling, own, shift in zip(side.tilings, tiles, shifts, strict=True):
+        pieces: list[list[int]] = [[] for _ in tiling.widths]
+        offset = whole = pairs = 0
+        for group in tiling.groups:
+            words = lane_bytes(group) * _LANES // 4
+            for block in group:
+                alone = block.slot is None
+                place = block.size * (block.slot or 0) << 24 | alone << 28
+                pieces[block.chunk].append(offset | block.size << 16 | block.low << 20 | place)
+            offset += words
+            whole += words * (group[0].slot is not None)
+            pairs += words * (group[0].slot is None and group[0].size == 2)
+        start = torch.tensor([own.data_ptr(), own.stride(0)]).view(torch.int32).tolist()
+        counts = [tiling.nbytes, tiling.stored // CHUNK, whole, pairs]
+        coordinates = ((*s, *p, *[0] * (2 - len(p))) for s, p in zip(shift, pieces, strict=True))
+        rows.append([*start, *counts, *chain.from_iterable(coordinates)])
+    return torch.tensor(rows, dtype=torch.int32, device=tiles[0].device)
 
 
 def write_tiles_ref(
