@@ -38,8 +38,10 @@ __device__ __forceinline__ Stream stream_of(const Arguments &a, const Item &item
 struct alignas(16) Feed {
     const uint8_t *from;
     int bytes, left;
+    // Begins to fill a slot with the next tile, if there is one.
     __device__ __forceinline__ void next(void *slot, uint64_t *barrier) {
         const Feed now = *this;
+        if (now.left <= 0) return;
         barrier_expect(barrier, now.bytes);
         if (now.bytes) copy_bulk(slot, now.from, now.bytes, barrier);
         from = now.from + WARPS * now.bytes, left = now.left - 1;
@@ -68,7 +70,7 @@ struct Memory {
 __device__ __forceinline__ void fill_slots(unsigned char *slots, Feed &feed, int count, uint64_t *barriers) {
     const int bytes = feed.bytes;
 #pragma unroll 1
-    for (int n = 0; n < count && feed.left > 0; n++) feed.next(slots + n * bytes, barriers + n);
+    for (int n = 0; n < count; n++) feed.next(slots + n * bytes, barriers + n);
 }
 
 // What a warp has of one query row: four numbers a lane of every 128, and what codes of zero decode to.
@@ -247,10 +249,16 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         Scores s;
         barrier_wait(m.barriers + key_stage, phases >> key_stage & 1);
         score_kind(kinds & 0xffff, s, keys, (const uint2 *)m.fragments + lane, lane);
-        // not before, as keys would wait behind them
-        if (n == 0 && lane == 1)
-            fill_slots(m.ring + stream.key_stages * stream.key_bytes, m.feeds[1], stream.value_stages,
-                       m.barriers + MOST_STAGES);
+        __syncwarp();
+        if (lane == 0) {
+            m.feeds[0].next(keys, m.barriers + key_stage);
+            // not before, as keys would wait behind them
+            if (n == 0)
+                fill_slots(m.ring + stream.key_stages * stream.key_bytes, m.feeds[1], stream.value_stages,
+                           m.barriers + MOST_STAGES);
+        }
+        phases ^= 1u << key_stage;
+        key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
         Weights p;
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
@@ -299,13 +307,8 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         barrier_wait(m.barriers + MOST_STAGES + value_stage, phases >> (MOST_STAGES + value_stage) & 1);
         mix_kind(kinds >> 16, o, values, p, lane);
         __syncwarp();
-        if (lane < 2) {
-            Feed &feed = m.feeds[lane];
-            if (feed.left > 0)
-                feed.next(lane ? values : keys, m.barriers + (lane ? MOST_STAGES + value_stage : key_stage));
-        }
-        phases ^= 1u << key_stage | 1u << (MOST_STAGES + value_stage);
-        key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
+        if (lane == 0) m.feeds[1].next(values, m.barriers + MOST_STAGES + value_stage);
+        phases ^= 1u << (MOST_STAGES + value_stage);
         value_stage = value_stage + 1 == stream.value_stages ? 0 : value_stage + 1;
     }
     __syncthreads();
