@@ -46,6 +46,11 @@ def drawn(case: Case, device: str) -> Tensor:
     return torch.randn(shape, device=device) + torch.randn(shape[1:], device=device)
 
 
+def elements(case: Case) -> int:
+    """Numbers of K and V together."""
+    return 2 * case.batch * case.heads * case.context * case.dim
+
+
 def queries(case: Case, device: str) -> Tensor:
     shape = (case.batch, case.heads * case.group, case.dim)
     # the interpreter of Triton has no bfloat16
@@ -251,7 +256,7 @@ def gate(held: Held, case: Case, device: str) -> float:
     return worst
 
 
-def timed(make: Callable[[Case, str], Held], case: Case, copy: float) -> dict[str, Any]:
+def timed(make: Callable[[Case, str], Held], case: Case) -> dict[str, Any]:
     """One row: the gate, then times."""
     first = make(case, "cuda")
     wrong = gate(first, case, "cuda")
@@ -261,17 +266,14 @@ def timed(make: Callable[[Case, str], Held], case: Case, copy: float) -> dict[st
     times = {name: cold(lambda i, name=name: held[i % sets].settings[name](q)) for name in first.settings}
     best = min(times, key=times.__getitem__)
     graph = replayed(lambda i: held[i % sets].settings[best](q), sets * max(1, 6 // sets))
-    rate = first.nbytes / graph * 1e-9
     return {
         **asdict(case),
-        "true_bits": 8 * first.nbytes / (2 * case.batch * case.heads * case.context * case.dim),
+        "true_bits": 8 * first.nbytes / elements(case),
         "error": wrong,
         "ms": times[best],
         "setting": best,
         "settings_ms": times,
         "graph_ms": graph,
-        "TB/s": rate,
-        "share of copy": rate / copy,
     }
 
 
@@ -331,19 +333,21 @@ def main() -> None:
         best = min(base, key=base.__getitem__)
         torch.cuda.empty_cache()
         runs = {f"kvsight {b:g} bits": partial(measure, case, b, copy, {}) for b in args.bits}
-        runs |= {name: partial(timed, PEERS[name], case, copy) for name in args.peers}
+        runs |= {name: partial(timed, PEERS[name], case) for name in args.peers}
         for name, run in runs.items():
             row = attempt(name, run)
             torch.cuda.empty_cache()
             if row is None:
                 continue
-            rows.append(
-                {"name": name, **row, "baselines_ms": base, "best": best, "ratio": base[best] / row["ms"]}
-            )
+            rate = row["true_bits"] * elements(case) / 8 / row["graph_ms"] * 1e-9
+            row |= {"TB/s": rate, "share of copy": rate / copy, "baselines_ms": base, "best": best}
+            row |= {"ratio": base[best] / row["ms"], "graph_ratio": base[best] / row["graph_ms"]}
+            rows.append({"name": name, **row})
             print(
                 f"{text:>9} {name:30} {row['true_bits']:.2f} bits  {row['ms']:.4f} ms  "
                 f"graph {row['graph_ms']:.4f}  {row['TB/s']:.2f} TB/s ({row['share of copy']:.0%})  "
-                f"{base[best] / row['ms']:.2f} of {best} {base[best]:.4f}  error {row['error']:.1e}  "
+                f"{row['ratio']:.2f} (graph {row['graph_ratio']:.2f}) of {best} {base[best]:.4f}  "
+                f"error {row['error']:.1e}  "
                 f"{row.get('setting', '')}",
                 flush=True,
             )
