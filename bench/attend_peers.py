@@ -41,9 +41,11 @@ class Held:
 
 
 def drawn(case: Case, device: str) -> Tensor:
-    """Keys or values of one sequence [N, H, d]: as far from zero as keys with a mean are."""
-    shape = (case.context, case.heads, case.dim)
-    return torch.randn(shape, device=device) + torch.randn(shape[1:], device=device)
+    """Keys or values of one sequence [N, H, d].
+
+    Without a mean: one of values would outweigh all that keys do to a long context's output.
+    """
+    return torch.randn(case.context, case.heads, case.dim, device=device)
 
 
 def elements(case: Case) -> int:
