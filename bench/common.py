@@ -14,6 +14,7 @@ import transformers
 
 import kvsight
 from kvsight import assets
+from kvsight.atomic import replace_file
 from kvsight.text import read_text, windows
 
 
@@ -46,4 +47,5 @@ def environment() -> dict[str, Any]:
 
 def write(result: dict[str, Any], path: Path | None) -> None:
     if path is not None:
-        path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+        with replace_file(path) as scratch:
+            scratch.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
