@@ -1,7 +1,8 @@
 """Decode attention on tiles against the best BF16 kernel of torch, on one CUDA device.
 
 Every case is first held to its definition in fp64: fresh codes, poisoned output, two runs equal. Then it
-is timed with a cold L2 cache (a buffer larger than it is written before every launch) and launch included.
+is timed with a cold L2 cache (a buffer larger than it is written before every launch, or only read:
+"clean") and launch included.
 Heads have widths of their own, as an allocation gives them: a budget is spent over spectra that fall at a
 different speed in every head.
 
@@ -104,13 +105,19 @@ def error(case: Case, bits: float, options: dict[str, Any]) -> float:
     return found
 
 
-def cold(run: Callable[[int], object], repeats: int = 15) -> float:
-    """Median milliseconds with a cold cache; ``run`` gets the number of its turn."""
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+def cold(run: Callable[[int], object], repeats: int = 15, *, clean: bool = False) -> float:
+    """Median milliseconds with a cold cache; ``run`` gets the number of its turn.
+
+    The cache is full of lines that were written, and have to go to memory first, or (``clean``) only read.
+    """
+    flush = torch.zeros(FLUSH // 4, dtype=torch.float32, device="cuda")
     times: list[float] = []
     for i in range(repeats + 3):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.fill_(i % 7)
+        if clean:
+            flush.sum()
+        else:
+            flush.fill_(i % 7)
         start.record()
         run(i)
         stop.record()
@@ -137,7 +144,7 @@ def replayed(run: Callable[[int], object], launches: int) -> float:
     return statistics.median(times[2:])
 
 
-def baselines(case: Case) -> dict[str, float]:
+def baselines(case: Case, *, clean: bool = False) -> dict[str, float]:
     """Milliseconds of torch's BF16 kernels: queries as they are, and a KV head's group as query tokens."""
     shape = (case.batch, case.heads, case.context, case.dim)
     k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -152,7 +159,7 @@ def baselines(case: Case) -> dict[str, float]:
         for label, call in calls.items():
             try:
                 with sdpa_kernel(backend):
-                    out[label] = cold(call)
+                    out[label] = cold(call, clean=clean)
             except RuntimeError:
                 # this backend does not take the shape
                 continue
@@ -181,6 +188,7 @@ def measure(case: Case, bits: float, copy: float, options: dict[str, Any]) -> di
     readers = [TileReader.of(keys, values, scaling) for keys, values in held]
     calls = [reader.call(q, case.context, None, seen=seen, **options) for reader in readers]
     ms = cold(lambda i: attend_tiles(calls[i % sets]))
+    clean = cold(lambda i: attend_tiles(calls[i % sets]), clean=True)
     graph = replayed(lambda i: attend_tiles(calls[i % sets]), sets * max(1, 24 // sets))
     rate = nbytes / ms * 1e-9
     return {
@@ -189,6 +197,7 @@ def measure(case: Case, bits: float, copy: float, options: dict[str, Any]) -> di
         "true_bits": 8 * nbytes / (2 * case.batch * case.heads * case.context * case.dim),
         "error": wrong,
         "ms": ms,
+        "clean_ms": clean,
         "graph_ms": graph,
         "TB/s": rate,
         "share of copy": rate / copy,
@@ -199,16 +208,20 @@ def rows(args: argparse.Namespace, copy: float, options: dict[str, Any]) -> Iter
     for text in args.cases:
         numbers = [int(n) for n in text.split("x")]
         case = Case(*numbers)
-        base = {} if args.skip_baselines else baselines(case)
-        best = min(base, key=base.__getitem__, default=None)
+        caches = {} if args.skip_baselines else {"": False, "clean_": True}
+        bases = {name: baselines(case, clean=clean) for name, clean in caches.items()}
         for bits in args.bits:
             row = measure(case, bits, copy, options)
-            if best is not None:
-                row |= {"baselines_ms": base, "best": best, "ratio": base[best] / row["ms"]}
-            ratio = f"{row['ratio']:.2f} of {best} {base[best]:.4f}" if best is not None else ""
+            said = ""
+            for name, base in bases.items():
+                best = min(base, key=base.__getitem__)
+                ratio = base[best] / row[f"{name}ms"]
+                row |= {f"{name}baselines_ms": base, f"{name}best": best, f"{name}ratio": ratio}
+                said += f"  {ratio:.2f} of {name}{best} {base[best]:.4f}"
             print(
-                f"{text:>24} {bits:g} bits  {row['ms']:.4f} ms  graph {row['graph_ms']:.4f}  "
-                f"{row['TB/s']:.2f} TB/s ({row['share of copy']:.0%})  {ratio}  error {row['error']:.1e}",
+                f"{text:>24} {bits:g} bits  {row['ms']:.4f} ms  clean {row['clean_ms']:.4f}  "
+                f"graph {row['graph_ms']:.4f}  {row['TB/s']:.2f} TB/s ({row['share of copy']:.0%})"
+                f"{said}  error {row['error']:.1e}",
                 flush=True,
             )
             yield row

@@ -59,10 +59,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_float) for name in ("scaling", "softcap")),
-        *(
-            (n, ctypes.c_int)
-            for n in ("head_count", "rows", "queries", "first", "last", "after")
-        ),
+        *((n, ctypes.c_int) for n in ("head_count", "rows", "queries", "first", "last", "after")),
     )
 
 
@@ -347,7 +344,9 @@ class TileReader:
         shape = self._shape(row_tiles, dtype, dict(given))
         workers = workers or shape.blocks * _multiprocessors(device)
         parts = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
-        stages = [shape.stages(k.nbytes, v.nbytes) for k, v in zip(*(s.tilings for s in self.sides), strict=True)]
+        stages = [
+            shape.stages(k.nbytes, v.nbytes) for k, v in zip(*(s.tilings for s in self.sides), strict=True)
+        ]
         rows = [(*item, stages[item.head]) for item in parts]
         items = torch.tensor(rows, dtype=torch.int32, device=device)
         heads = self.heads.view(torch.int32)[items[:, 1]]

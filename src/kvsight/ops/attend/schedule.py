@@ -1,8 +1,8 @@
 """How heads are cut into parts that blocks of threads read, and in which order these begin.
 
-Heads have different widths, so equal numbers of tiles would not take equal time. A part belongs to one head;
-a head's parts are merged by the last to finish. A device runs some blocks at once and begins others as these
-end, so the largest parts come first.
+Heads have different widths, so equal numbers of tiles would not take equal time. A part belongs to one
+head; a head's parts are merged by the last to finish. A device runs some blocks at once and begins others
+as these end, so the largest parts come first.
 """
 
 import heapq
