@@ -25,13 +25,16 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
         """Queue it on torch's current stream."""
-        driver = torch.cuda._utils._get_gpu_runtime_library()
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = driver.cuLaunchKernel(
-            self.function, *grid, threads, 1, 1, self.shared_bytes, stream, parameters, None
-        )
+        code = _launcher()(self.function, *grid, threads, 1, 1, self.shared_bytes, stream, parameters, None)
         torch.cuda._utils._check_cuda(code)
+
+
+@lru_cache(maxsize=1)
+def _launcher() -> Any:
+    # loading the driver's library takes longer than a launch
+    return torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
 
 
 def joined(sources: Sequence[Path], macros: tuple[tuple[str, int | str], ...]) -> str:

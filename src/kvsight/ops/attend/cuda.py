@@ -295,8 +295,8 @@ class TileReader:
             raise KVSightError(f"a launch takes {MOST_ROWS} query rows a KV head; got {rows}.")
         first, last = (0, 0) if exact is None else (exact.first_keys.shape[2], exact.last_keys.shape[2])
         tiles = _coarse(max(1, -(-tokens // TOKENS) - skip // TOKENS))
-        settings = (("softcap", bool(softcap)), *(shape or {}).items())
-        key = batch, row_tiles, q.dtype, tiles, first + last > 0, workers, settings
+        given = tuple((shape or {}).items())
+        key = batch, row_tiles, q.dtype, tiles, first + last > 0, bool(softcap), workers, given
         if key not in self.setups:
             self.setups[key] = self._setup(*key)
         setup = self.setups[key]
@@ -337,11 +337,12 @@ class TileReader:
         dtype: torch.dtype,
         tiles: int,
         exact: bool,
+        softcap: bool,
         workers: int,
         given: tuple[tuple[str, int], ...],
     ) -> "_Setup":
         device = self.heads.device
-        shape = self._shape(row_tiles, dtype, dict(given))
+        shape = self._shape(row_tiles, dtype, softcap, dict(given))
         workers = workers or shape.blocks * _multiprocessors(device)
         parts = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
         stages = [
@@ -365,7 +366,7 @@ class TileReader:
             self.maps[parts] = key_maps(keys, log2, parts), value_maps(values, parts)
         return self.maps[parts]
 
-    def _shape(self, row_tiles: int, dtype: torch.dtype, given: Mapping[str, int]) -> Shape:
+    def _shape(self, row_tiles: int, dtype: torch.dtype, softcap: bool, given: Mapping[str, int]) -> Shape:
         keys, values = self.sides
         shape = Shape(
             keys.matrix.shape[1],
@@ -376,6 +377,7 @@ class TileReader:
             _kinds(values),
             row_tiles,
             NUMBERS[dtype],
+            softcap,
             **given,
         )
         return shape if shape.ring else shape.fitting(self.largest)

@@ -25,7 +25,7 @@ def value_maps(values: FoldedTiles, parts: int) -> Tensor:
 
 
 def chunk_tables(side: FoldedTiles) -> Tensor:
-    """Where products have the blocks of every head's chunks: int32 [H, d / 16 · 4], ``Chunk`` in tiles.cuh."""
+    """Where products have the blocks of all chunks: int32 [H, d / 16 · 4], ``Chunk`` in ``tiles.cuh``."""
     chunks = side.matrix.shape[-1] // CHUNK
     tables = torch.tensor([[_entry(tiling, chunk) for chunk in range(chunks)] for tiling in side.tilings])
     blocks, factors = tables.split(2, dim=-1)
