@@ -29,7 +29,7 @@ class Arguments(ctypes.Structure):
     )
 
 
-def unpack(  # noqa: PLR0913
+def unpack(
     tilings: Sequence[Tiling],
     tiles: Sequence[Tensor],
     first: int,
@@ -52,7 +52,7 @@ def unpack(  # noqa: PLR0913
     return out
 
 
-def unpack_ref(  # noqa: PLR0913
+def unpack_ref(
     tilings: Sequence[Tiling],
     tiles: Sequence[Tensor],
     first: int,
