@@ -442,7 +442,7 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
     parts = torch.cat([high, (matrix - high).to(x.dtype)], dim=1)
     twice = torch.cat([x, x], dim=-1).flatten(0, 1)
     out: Tensor = torch.bmm(twice, parts.repeat(len(x), 1, 1), out_dtype=torch.float32)
-    return out.unflatten(0, x.shape[:2])
+    return out.view(*x.shape[:3], -1)
 
 
 def _offset(x: Tensor, vector: Tensor) -> Tensor:
