@@ -23,8 +23,8 @@ from common import write
 from torch import Tensor
 
 from kvsight.ops.attend.cuda import TiledTokens
-from kvsight.ops.attend.prefill import KERNELS, attend_prefill, decoding
-from kvsight.ops.attend.unpack import unpack, unpack_ref
+from kvsight.ops.attend.prefill import KERNELS, PrefillReader, decoding
+from kvsight.ops.attend.unpack import unpack_ref
 from kvsight.tiling import TOKENS
 
 CHOICES = {"chosen": None, "flash": "flash", "cudnn": "cudnn"}
@@ -92,13 +92,13 @@ def check(bits: float) -> dict[str, float]:
     for new, past in ((1024, 4096 + 37), (600, 1000)):
         case = Prefill(2, new, past)
         keys, values = tiled(case, bits, 1)
-        sides = [(s.folded.tilings, s.tiles) for s in (keys, values)]
-        for number in (torch.bfloat16, torch.float16, torch.float32):
-            for tilings, tiles in sides:
-                what = tilings, tiles, 3, 9, case.dim, number
-                if not torch.equal(unpack(*what), unpack_ref(*what)):
-                    raise SystemExit(f"unpacked {tilings[0].rows} in {number} differ from their definition")
         scaling, q = case.dim**-0.5, query(case)
+        reader = PrefillReader.of(keys, values, scaling)
+        for number in (torch.bfloat16, torch.float16, torch.float32):
+            for side in (reader.keys, reader.values):
+                codes = side.codes(slice(0, 2), 3, 9, number)
+                if not torch.equal(codes, unpack_ref(side.tilings, side.tiles, 3, 9, side.columns, number)):
+                    raise SystemExit(f"unpacked {side.tilings[0].rows} in {number} are not as defined")
         k, v = decoded(keys), decoded(values)
         true = true_attention(q, k, v, scaling)
         stock = KERNELS["flash"](q, k.bfloat16(), v.bfloat16(), True, scaling)[0]
@@ -106,7 +106,7 @@ def check(bits: float) -> dict[str, float]:
         limit = 2 * float((stock.double() - true).norm() / norm)
         found["torch"] = max(found.get("torch", 0.0), limit / 2)
         for name, kernel in CHOICES.items():
-            outs = [attend_prefill(q, keys, values, scaling=scaling, kernel=kernel) for _ in range(2)]
+            outs = [reader.attend(q, keys.tokens, kernel=kernel) for _ in range(2)]
             if not torch.equal(*outs):
                 raise SystemExit(f"two runs of {name} differ")
             error = float((outs[0].transpose(1, 2).double() - true).norm() / norm)
@@ -148,20 +148,19 @@ def baselines(case: Prefill, repeats: int) -> dict[str, float]:
     }
 
 
-def unpacking(keys: TiledTokens, values: TiledTokens, case: Prefill, repeats: int) -> tuple[float, float]:
+def unpacking(reader: PrefillReader, case: Prefill, repeats: int) -> tuple[float, float]:
     """Milliseconds and TB/s, bytes read and written, of all tiles of both sides, a piece at a time."""
-    tiles = -(-keys.tokens // TOKENS)
-    step = 512
+    tiles = -(-(case.past + case.new) // TOKENS)
+    step, sides = 512, (reader.keys, reader.values)
 
     def run() -> None:
-        for side in (keys, values):
+        for side in sides:
             for start in range(0, tiles, step):
-                count = min(step, tiles - start)
-                unpack(side.folded.tilings, side.tiles, start, count, case.dim, torch.bfloat16)
+                side.codes(slice(0, case.batch), start, min(step, tiles - start), torch.bfloat16)
 
     ms = timed(run, repeats)
-    read = sum(t.numel() for side in (keys, values) for t in side.tiles)
-    written = 2 * case.batch * case.heads * tiles * TOKENS * case.dim * 2
+    read = sum(t.numel() for side in sides for t in side.tiles)
+    written = 2 * case.batch * case.heads * tiles * TOKENS * reader.columns * 2
     return ms, (read + written) / ms * 1e-9
 
 
@@ -178,19 +177,20 @@ def plan_ms() -> float:
 def measure(case: Prefill, bits: float, repeats: int, base: dict[str, float]) -> dict[str, Any]:
     """One row of the table."""
     keys, values = tiled(case, bits, 2)
-    q, scaling = query(case), case.dim**-0.5
+    q = query(case)
+    reader = PrefillReader.of(keys, values, case.dim**-0.5)
     found = {
-        name: timed(partial(attend_prefill, q, keys, values, scaling=scaling, kernel=kernel), repeats)
+        name: timed(partial(reader.attend, q, keys.tokens, kernel=kernel), repeats)
         for name, kernel in CHOICES.items()
     }
     nbytes = sum(t.numel() for side in (keys, values) for t in side.tiles)
-    ms, rate = unpacking(keys, values, case, repeats)
+    ms, rate = unpacking(reader, case, repeats)
     best = min(base, key=base.__getitem__)
     return {
         **asdict(case),
         "bits": bits,
         "true_bits": 8 * nbytes / (2 * case.batch * case.heads * keys.tokens * case.dim),
-        "columns": max(t.stored for side in (keys, values) for t in side.folded.tilings),
+        "columns": reader.columns,
         "ms": found,
         "TFLOP/s": case.flops / found["chosen"] * 1e-9,
         "unpack_ms": ms,

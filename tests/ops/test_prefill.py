@@ -10,7 +10,7 @@ from kvsight.codec import Codec
 from kvsight.errors import KVSightError
 from kvsight.ops.attend import prefill
 from kvsight.ops.attend.cuda import Exact, TiledTokens
-from kvsight.ops.attend.prefill import attend_prefill, decoding
+from kvsight.ops.attend.prefill import PrefillReader, decoding
 from kvsight.packing import unpack_row
 from kvsight.quantizers.lloyd_max import row_quantizer, uniform
 from kvsight.tiling import TOKENS
@@ -57,7 +57,7 @@ def layer(first, tokens, last, dtype=torch.float64, skip=0, seed=0):
 
 
 def attended(q, keys, values, exact, **options):
-    """``attend_prefill`` on the device that runs it."""
+    """On the device that runs it."""
     on = [
         replace(
             side,
@@ -72,7 +72,8 @@ def attended(q, keys, values, exact, **options):
         exact = Exact(*(getattr(exact, f.name).to(DEVICE) for f in fields(exact)))
     if options.get("sink_logits") is not None:
         options["sink_logits"] = options["sink_logits"].to(DEVICE)
-    return attend_prefill(q.to(DEVICE), *on, scaling=SCALING, exact=exact, **options).cpu()
+    reader = PrefillReader.of(*on, SCALING)
+    return reader.attend(q.to(DEVICE), keys.tokens, skip=keys.skip, exact=exact, **options).cpu()
 
 
 def queries(count, group, dtype=torch.float64, seed=9):
@@ -185,4 +186,4 @@ def test_chunks_are_the_whole(kernel):
 def test_query_heads_that_no_kv_head_serves():
     keys, values, *_ = layer(0, 70, 0)
     with pytest.raises(KVSightError, match="3 query heads cannot share 2"):
-        attend_prefill(queries(10, 2)[:, :3], keys, values, scaling=SCALING)
+        attended(queries(10, 2)[:, :3], keys, values, None)

@@ -16,7 +16,7 @@ from kvsight.cache.side import SideState, check_batch
 from kvsight.codec import Placement, check_finite
 from kvsight.formats import Packed, Row
 from kvsight.ops.attend.cuda import MOST_ROWS, Exact, TiledTokens, TileReader, attend_tiles, token_ranges
-from kvsight.ops.attend.prefill import attend_prefill, decoding
+from kvsight.ops.attend.prefill import PrefillReader, decoding
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import FoldedTiles, fold, tileable
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
@@ -58,6 +58,7 @@ class Tiles:
         self.tiles = tiles[0], tiles[1]
         self.seen = torch.tensor([self.first + self.tokens], dtype=torch.int32, device=key.sinks.device)
         self._reader: dict[float, TileReader] = {}
+        self._prefill_reader: dict[float, PrefillReader] = {}
         self._writer: TileWriter | None = None
 
     @property
@@ -110,9 +111,7 @@ class Tiles:
         options: dict[str, Any] = {"exact": exact, "softcap": softcap, "sink_logits": sink_logits}
         if many(q, fresh):
             tokens = self.tokens if fresh is None else fresh.tokens
-            pairs = zip(self.decoding, self.tiles, strict=True)
-            keys, values = (TiledTokens(folded, tiles, tokens) for folded, tiles in pairs)
-            return attend_prefill(q, keys, values, scaling=scaling, hidden=hidden, **options)
+            return self._prefill(scaling).attend(q, tokens, hidden=hidden, **options)
         return self._attend_few(q, scaling, hidden, options)
 
     def _attend_few(
@@ -172,12 +171,20 @@ class Tiles:
             self._reader[scaling] = TileReader.of(*self._tokens(), scaling)
         return self._reader[scaling]
 
+    def _prefill(self, scaling: float) -> PrefillReader:
+        if scaling not in self._prefill_reader:
+            pairs = zip(self.decoding, self.tiles, strict=True)
+            keys, values = (TiledTokens(folded, tiles, self.tokens) for folded, tiles in pairs)
+            self._prefill_reader[scaling] = PrefillReader.of(keys, values, scaling)
+        return self._prefill_reader[scaling]
+
     def _grow(self, new: int) -> None:
         room = _room(self.tokens + new)
         grown = [tuple(_larger(t, room) for t in side) for side in self.tiles]
         self.tiles = grown[0], grown[1]
         # addresses changed
         self._reader.clear()
+        self._prefill_reader.clear()
         self._writer = None
 
 

@@ -19,7 +19,7 @@ from kvsight.errors import KVSightError
 from kvsight.ops.attend.cuda import Exact, TiledTokens
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import FoldedTiles, steps, tiling_of
-from kvsight.ops.attend.unpack import middles, unpack
+from kvsight.ops.attend.unpack import Unpacker, middles
 from kvsight.tiling import CHUNK, TOKENS, Rows
 
 # centred codes that exist at once
@@ -38,53 +38,93 @@ Kind = Literal["first", "coded", "last"]
 Fused = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
 
-@torch.no_grad()
-def attend_prefill(  # noqa: PLR0913
-    q: Tensor,
-    keys: TiledTokens,
-    values: TiledTokens,
-    *,
-    scaling: float,
-    exact: Exact | None = None,
-    hidden: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    kernel: Kernel | None = None,
-) -> Tensor:
-    """Attention of the newest tokens' queries, without gradients; each sees all tokens up to its own.
+@dataclass(frozen=True, eq=False)
+class PrefillReader:
+    """What stays the same from call to call while tiles stay where they are.
 
-    Tokens are exact ones, coded ones, then exact ones again, such as new tokens that see each other
-    uncompressed.
-
-    Args:
-        q: [B, Hq, Q, d]; query heads h·G .. h·G + G - 1 share KV head h.
-        keys, values: ``folded`` as from ``decoding``.
-        hidden: [B], how many of the first visible tokens are padding.
-        window: a query sees this many tokens at most, itself included.
-        softcap: c · tanh(score / c).
-        sink_logits: [Hq], one more logit per head that takes mass and gives nothing.
-        kernel: of torch; None for the fastest that can do this.
-
-    Returns: [B, Q, Hq, d] in q's dtype. Queries of padding, which see nothing, get zeros.
+    ``fold`` [H, d, columns] and ``offset`` [H, d] bring queries to centred codes of keys; sums of centred
+    codes of values decode by ``unfold`` [H, columns, d] and ``shift`` [H, d].
     """
-    batch, query_heads, queries, _ = q.shape
-    heads = len(keys.tiles)
-    if query_heads % heads:
-        raise KVSightError(f"{query_heads} query heads cannot share {heads} KV heads evenly.")
-    if kernel is None and (window is not None or softcap is not None or not _fused(q, keys, values)):
-        kernel = "plain"
-    layer = _Layer.of(q, keys, values, exact, scaling, window, softcap, kernel)
-    begin = [0] * batch if hidden is None else hidden.tolist()
-    at_once = max(_USUAL, _ROWS // query_heads)
-    out = q.new_empty(batch, queries, query_heads, values.folded.matrix.shape[-1])
-    for start in range(0, queries, at_once):
-        block = q[:, :, start : start + at_once]
-        together = max(1, _ROWS // (query_heads * block.shape[2]))
-        for own in _alike(begin, together):
-            mixed = _attend(layer, block[own], own, begin[own.start], start - queries, sink_logits)
-            out[own, start : start + at_once] = mixed.transpose(1, 2)
-    return out
+
+    keys: Unpacker
+    values: Unpacker
+    scaling: float
+    fold: "_Map"
+    offset: Tensor
+    unfold: "_Map"
+    shift: Tensor
+
+    @classmethod
+    def of(cls, keys: TiledTokens, values: TiledTokens, scaling: float) -> "PrefillReader":
+        """For tiles of both sides that are ``folded`` as ``decoding`` does."""
+        # kernels want keys and values of one width
+        columns = max(CHUNK, *(t.stored for side in (keys, values) for t in side.folded.tilings))
+        (fold, offset), (unfold, shift) = (_centred(side.folded, columns) for side in (keys, values))
+        k, v = (Unpacker.of(side.folded.tilings, side.tiles, columns) for side in (keys, values))
+        return cls(k, v, scaling, _Map(fold.mT * scaling), offset * scaling, _Map(unfold), shift)
+
+    @property
+    def columns(self) -> int:
+        return self.keys.columns
+
+    @property
+    def heads(self) -> int:
+        return len(self.shift)
+
+    @torch.no_grad()
+    def attend(  # noqa: PLR0913
+        self,
+        q: Tensor,
+        tokens: int,
+        *,
+        skip: int = 0,
+        exact: Exact | None = None,
+        hidden: Tensor | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        kernel: Kernel | None = None,
+    ) -> Tensor:
+        """Attention of the newest tokens' queries, without gradients; each sees all tokens up to its own.
+
+        Tokens are exact ones, coded ones, then exact ones again, such as new tokens that see each other
+        uncompressed.
+
+        Args:
+            q: [B, Hq, Q, d]; query heads h·G .. h·G + G - 1 share KV head h.
+            tokens, skip: stored coded tokens, and how many of the first are no longer visible.
+            hidden: [B], how many of the first visible tokens are padding.
+            window: a query sees this many tokens at most, itself included.
+            softcap: c · tanh(score / c).
+            sink_logits: [Hq], one more logit per head that takes mass and gives nothing.
+            kernel: of torch; None for the fastest that can do this.
+
+        Returns: [B, Q, Hq, d] in q's dtype. Queries of padding, which see nothing, get zeros.
+        """
+        batch, query_heads, queries, _ = q.shape
+        if query_heads % self.heads:
+            raise KVSightError(f"{query_heads} query heads cannot share {self.heads} KV heads evenly.")
+        if kernel is None and (window is not None or softcap is not None or not self._fused(q)):
+            kernel = "plain"
+        # without a kernel everything is in at least fp32
+        number = _compute(q.dtype) if kernel == "plain" else q.dtype
+        call = _Call(self, tokens, skip, exact, window, softcap, sink_logits, kernel, number)
+        begin = [0] * batch if hidden is None else hidden.tolist()
+        at_once = max(_USUAL, _ROWS // query_heads)
+        out = q.new_empty(batch, queries, query_heads, self.shift.shape[-1])
+        for start in range(0, queries, at_once):
+            block = q[:, :, start : start + at_once]
+            together = max(1, _ROWS // (query_heads * block.shape[2]))
+            for own in _alike(begin, together):
+                mixed = _attend(call, block[own], own, begin[own.start], start - queries)
+                out[own, start : start + at_once] = mixed.transpose(1, 2)
+        return out
+
+    def _fused(self, q: Tensor) -> bool:
+        """Whether torch has a kernel that tells masses."""
+        if not q.is_cuda:
+            return q.dtype != torch.float64
+        return q.dtype.itemsize == 2 and max(self.columns, q.shape[-1]) <= _MOST_COLUMNS
 
 
 def decoding(coded: Sequence[Coded], rows: Rows) -> FoldedTiles:
@@ -117,57 +157,39 @@ def _decode_head(coded: Coded, head: int, columns: int) -> tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
-    """What all queries share: ``fold`` [H, d, columns] and ``offset`` [H, d] bring them to centred codes.
+class _Call:
+    """What all queries of a call share."""
 
-    Sums of centred values decode as ``unfold`` [H, columns, d] and ``shift`` [H, d] say.
-    """
-
-    keys: TiledTokens
-    values: TiledTokens
+    reader: PrefillReader
+    tokens: int
+    skip: int
     exact: Exact | None
-    scaling: float
     window: int | None
     softcap: float | None
+    sink_logits: Tensor | None
     kernel: Kernel | None
     number: torch.dtype
-    columns: int
-    fold: Tensor
-    offset: Tensor
-    unfold: Tensor
-    shift: Tensor
-
-    @classmethod
-    def of(  # noqa: PLR0913
-        cls,
-        q: Tensor,
-        keys: TiledTokens,
-        values: TiledTokens,
-        exact: Exact | None,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        kernel: Kernel | None,
-    ) -> "_Layer":
-        columns = _columns(keys, values)
-        (fold, offset), (unfold, shift) = (_centred(side.folded, columns) for side in (keys, values))
-        # without a kernel everything is in at least fp32
-        number = torch.promote_types(q.dtype, torch.float32) if kernel == "plain" else q.dtype
-        maps = fold.mT * scaling, offset * scaling, unfold, shift
-        return cls(keys, values, exact, scaling, window, softcap, kernel, number, columns, *maps)
 
     @property
     def ends(self) -> dict[Kind, tuple[int, int]]:
         """Positions from and to of each kind."""
         first = 0 if self.exact is None else self.exact.first_keys.shape[2]
         last = 0 if self.exact is None else self.exact.last_keys.shape[2]
-        coded = first + self.keys.tokens - self.keys.skip
+        coded = first + self.tokens - self.skip
         return {"first": (0, first), "coded": (first, coded), "last": (coded, coded + last)}
+
+    def most_tokens(self, batch: int) -> int:
+        """Of a piece of so many sequences."""
+        if self.kernel == "plain":
+            return _PLAIN_PIECE
+        each = 2 * batch * self.reader.heads * self.reader.columns * self.number.itemsize
+        return max(1, _PIECE_BYTES // each // _USUAL) * _USUAL
 
     def read(self, kind: Kind, start: int, stop: int, own: slice) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, n, columns or d] of tokens that are so far behind the first of a kind."""
         if kind == "coded":
-            k, v = (self._codes(side, start, stop, own) for side in (self.keys, self.values))
+            sides = self.reader.keys, self.reader.values
+            k, v = (self._codes(side, start, stop, own) for side in sides)
             return k, v
         assert self.exact is not None
         k, v = self.exact.last_keys, self.exact.last_values
@@ -175,18 +197,33 @@ class _Layer:
             k, v = self.exact.first_keys, self.exact.first_values
         return k[own, :, start:stop].to(self.number), v[own, :, start:stop].to(self.number)
 
-    def _codes(self, side: TiledTokens, start: int, stop: int, own: slice) -> Tensor:
-        start, stop = start + side.skip, stop + side.skip
+    def _codes(self, side: Unpacker, start: int, stop: int, own: slice) -> Tensor:
+        start, stop = start + self.skip, stop + self.skip
         tile = start // TOKENS
-        count = -(-stop // TOKENS) - tile
-        tiles = [t[own] for t in side.tiles]
-        codes = unpack(side.folded.tilings, tiles, tile, count, self.columns, self.number)
+        codes = side.codes(own, tile, -(-stop // TOKENS) - tile, self.number)
         return codes[:, :, start - tile * TOKENS : stop - tile * TOKENS]
 
 
-def _columns(keys: TiledTokens, values: TiledTokens) -> int:
-    """Kernels want keys and values of one width."""
-    return max(CHUNK, *(t.stored for side in (keys, values) for t in side.folded.tilings))
+class _Map:
+    """Products with a static fp32 matrix [H, a, b]."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._parts: dict[torch.dtype, Tensor] = {}
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [B, H, n, a] times the matrix, in at least fp32."""
+        if not (x.is_cuda and x.dtype.itemsize == 2):
+            number = _compute(x.dtype)
+            return x.to(number) @ self.matrix.to(number)
+        if x.dtype not in self._parts:
+            # in two parts of x's type it is as good as fp32, and tensor cores sum their products exactly
+            high = self.matrix.to(x.dtype)
+            self._parts[x.dtype] = torch.cat([high, (self.matrix - high).to(x.dtype)], dim=1)
+        twice = torch.cat([x, x], dim=-1).flatten(0, 1)
+        parts = self._parts[x.dtype].repeat(len(x), 1, 1)
+        out: Tensor = torch.bmm(twice, parts, out_dtype=torch.float32)
+        return out.view(*x.shape[:3], -1)
 
 
 def _centred(folded: FoldedTiles, columns: int) -> tuple[Tensor, Tensor]:
@@ -196,13 +233,6 @@ def _centred(folded: FoldedTiles, columns: int) -> tuple[Tensor, Tensor]:
     middle = torch.stack([middles(tiling, columns) for tiling in folded.tilings]).to(matrix.device)
     shift = folded.shift.double() + (middle.unsqueeze(1) @ matrix.double()).squeeze(1)
     return matrix, shift.float()
-
-
-def _fused(q: Tensor, keys: TiledTokens, values: TiledTokens) -> bool:
-    """Whether torch has a kernel that tells masses."""
-    if not q.is_cuda:
-        return q.dtype != torch.float64
-    return q.dtype.itemsize == 2 and max(_columns(keys, values), q.shape[-1]) <= _MOST_COLUMNS
 
 
 def _alike(begin: Sequence[int], most: int) -> Iterator[slice]:
@@ -246,52 +276,47 @@ def _compute(number: torch.dtype) -> torch.dtype:
     return torch.promote_types(number, torch.float32)
 
 
-def _attend(
-    layer: _Layer, q: Tensor, own: slice, begin: int, from_end: int, sink_logits: Tensor | None
-) -> Tensor:
+def _attend(call: _Call, q: Tensor, own: slice, begin: int, from_end: int) -> Tensor:
     """Queries [B, Hq, Q, d] of the sequences ``own``, whose first ``begin`` tokens are padding.
 
     The first query's token is ``-from_end`` tokens before the end. Returns [B, Hq, Q, d].
     """
-    heads, position = layer.fold.shape[0], layer.ends["last"][1] + from_end
-    grouped = q.reshape(q.shape[0], heads, -1, q.shape[-1])
-    folded = _product(grouped, layer.fold).to(layer.number).view(*q.shape[:3], -1)
-    plain = q.to(layer.number)
-    coded, exact = _Sums(folded, layer.columns), _Sums(plain, q.shape[-1])
-    single = layer.exact is None and sink_logits is None and layer.softcap is None
-    offset = None if single else _offset(grouped, layer.offset).reshape(q.shape[:3])
-    most = _most_tokens(layer, len(q))
-    for kind, start, stop, rows, causal in _pieces(layer, begin, position, q.shape[2], most):
-        at = layer.ends[kind][0]
-        k, v = layer.read(kind, start - at, stop - at, own)
+    reader, position = call.reader, call.ends["last"][1] + from_end
+    grouped = q.reshape(q.shape[0], reader.heads, -1, q.shape[-1])
+    folded = reader.fold.product(grouped).to(call.number).view(*q.shape[:3], -1)
+    plain = q.to(call.number)
+    coded, exact = _Sums(folded, reader.columns), _Sums(plain, q.shape[-1])
+    single = call.exact is None and call.sink_logits is None and call.softcap is None
+    offset = None if single else _offset(grouped, reader.offset).reshape(q.shape[:3])
+    most = call.most_tokens(len(q))
+    for kind, start, stop, rows, causal in _pieces(call, begin, position, q.shape[2], most):
+        at = call.ends[kind][0]
+        k, v = call.read(kind, start - at, stop - at, own)
         apart = position + rows.start - start
         if kind == "coded":
             more = None if offset is None else offset[:, :, rows]
-            coded.add(rows, *_piece(layer, folded[:, :, rows], k, v, 1.0, more, causal, apart))
+            coded.add(rows, *_piece(call, folded[:, :, rows], k, v, 1.0, more, causal, apart))
         else:
-            exact.add(rows, *_piece(layer, plain[:, :, rows], k, v, layer.scaling, None, causal, apart))
-    return _merged(layer, coded, exact, sink_logits, blind=begin > position)
+            exact.add(rows, *_piece(call, plain[:, :, rows], k, v, reader.scaling, None, causal, apart))
+    return _merged(call, coded, exact, blind=begin > position)
 
 
-def _merged(
-    layer: _Layer, coded: _Sums, exact: _Sums, sink_logits: Tensor | None, *, blind: bool
-) -> Tensor:
+def _merged(call: _Call, coded: _Sums, exact: _Sums, *, blind: bool) -> Tensor:
     """Coded and exact tokens together, [B, Hq, Q, d]; ``blind`` where some queries see no token."""
-    parts: list[tuple[Tensor, Tensor]] = []
+    reader, parts = call.reader, []
     if coded.whole:
-        grouped = coded.out.reshape(len(coded.out), layer.unfold.shape[0], -1, layer.columns)
-        decoded = _product(grouped, layer.unfold)
-        decoded += layer.shift.unsqueeze(1).to(decoded)
+        decoded = reader.unfold.product(coded.out.reshape(len(coded.out), reader.heads, -1, reader.columns))
+        decoded += reader.shift.unsqueeze(1).to(decoded)
         parts.append((decoded.view(*coded.log.shape, -1), coded.log))
     if exact.whole:
         parts.append((exact.out.to(exact.log.dtype), exact.log))
     if not parts:
         return torch.zeros_like(exact.out)
-    if len(parts) == 1 and sink_logits is None and not blind:
+    if len(parts) == 1 and call.sink_logits is None and not blind:
         return parts[0][0]
     total = parts[0][1] if len(parts) == 1 else torch.logaddexp(parts[0][1], parts[1][1])
-    if sink_logits is not None:
-        total = torch.logaddexp(total, sink_logits.to(total).view(1, -1, 1))
+    if call.sink_logits is not None:
+        total = torch.logaddexp(total, call.sink_logits.to(total).view(1, -1, 1))
     out, log = parts[0]
     out = out * _share(log, total)
     for more, log in parts[1:]:
@@ -300,14 +325,14 @@ def _merged(
 
 
 def _pieces(
-    layer: _Layer, begin: int, position: int, queries: int, most: int
+    call: _Call, begin: int, position: int, queries: int, most: int
 ) -> Iterator[tuple[Kind, int, int, slice, bool]]:
     """Kind, tokens from and to, rows that see some of them, and whether only causally.
 
     Tokens before the queries are seen by all; new ones by their own rows causally, and by all behind.
     """
-    earliest = begin if layer.window is None else max(begin, position - layer.window + 1)
-    for kind, (start, stop) in layer.ends.items():
+    earliest = begin if call.window is None else max(begin, position - call.window + 1)
+    for kind, (start, stop) in call.ends.items():
         start, stop = max(start, earliest), min(stop, position + queries)
         for left, right in _cut(start, min(stop, position), most):
             yield kind, left, right, slice(0, queries), False
@@ -328,15 +353,8 @@ def _cut(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
         start += step
 
 
-def _most_tokens(layer: _Layer, batch: int) -> int:
-    if layer.kernel == "plain":
-        return _PLAIN_PIECE
-    each = 2 * batch * len(layer.keys.tiles) * layer.columns * layer.number.itemsize
-    return max(1, _PIECE_BYTES // each // _USUAL) * _USUAL
-
-
 def _piece(  # noqa: PLR0913
-    layer: _Layer,
+    call: _Call,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -349,13 +367,13 @@ def _piece(  # noqa: PLR0913
 
     The first query's position is ``apart`` behind the first token's.
     """
-    if layer.kernel == "plain":
-        return _plain(q, k, v, scaling, offset, layer.softcap, causal, apart, layer.window)
+    if call.kernel == "plain":
+        return _plain(q, k, v, scaling, offset, call.softcap, causal, apart, call.window)
     batch, query_heads, queries, dim = q.shape
     if not causal:
         # the queries of a group are queries of one head
         q = q.reshape(batch, k.shape[1], -1, dim)
-    kernel = _usual(q, k, v, causal) if layer.kernel is None else layer.kernel
+    kernel = _usual(q, k, v, causal) if call.kernel is None else call.kernel
     out, log = KERNELS[kernel](q, k, v, causal, scaling)
     out = out.reshape(batch, query_heads, queries, -1)
     log = log.reshape(batch, q.shape[1], -1)[..., : q.shape[2]].reshape(batch, query_heads, queries)
@@ -430,19 +448,6 @@ def _plain(  # noqa: PLR0913
         outs.append((weights.view(batch, heads, -1, tokens) @ v).view(batch, query_heads, rows, -1))
         logs.append(log)
     return (outs[0], logs[0]) if len(outs) == 1 else (torch.cat(outs, dim=2), torch.cat(logs, dim=2))
-
-
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [B, H, n, a] times fp32 [H, a, b], in at least fp32."""
-    if not (x.is_cuda and x.dtype.itemsize == 2):
-        number = _compute(x.dtype)
-        return x.to(number) @ matrix.to(number)
-    # the matrix in two parts of x's type is as good as fp32, and tensor cores sum their products exactly
-    high = matrix.to(x.dtype)
-    parts = torch.cat([high, (matrix - high).to(x.dtype)], dim=1)
-    twice = torch.cat([x, x], dim=-1).flatten(0, 1)
-    out: Tensor = torch.bmm(twice, parts.repeat(len(x), 1, 1), out_dtype=torch.float32)
-    return out.view(*x.shape[:3], -1)
 
 
 def _offset(x: Tensor, vector: Tensor) -> Tensor:

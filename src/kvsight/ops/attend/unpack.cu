@@ -23,8 +23,8 @@ struct Head {
 struct Arguments {
     const Head *heads;
     Number *out;
-    int first, count;         // tiles
-    int head_count, by_token;  // whether rows of tiles are tokens, as in keys
+    int sequence, first, count;  // the first sequence, the first tile, and how many tiles
+    int head_count, by_token;    // whether rows of tiles are tokens, as in keys
 };
 
 // Eight codes of one piece: coordinates 8 · half and on of a chunk.
@@ -61,7 +61,7 @@ __device__ void unpack_block(const Arguments &a, unsigned char *memory) {
     const Head &h = a.heads[head];
     uint32_t *tile = (uint32_t *)memory;
     const uint32_t *source =
-        (const uint32_t *)(h.tiles + sequence * h.batch) + (long long)(a.first + blockIdx.x) * h.words;
+        (const uint32_t *)(h.tiles + (a.sequence + sequence) * h.batch) + (long long)(a.first + blockIdx.x) * h.words;
 #pragma unroll 4
     for (int i = threadIdx.x; i < h.words; i += THREADS) tile[i + i / LINE] = source[i];
     __syncthreads();

@@ -6,6 +6,7 @@ bf16 and fp16 hold it exactly.
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,31 +26,53 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("heads", "out")),
-        *((name, ctypes.c_int) for name in ("first", "count", "head_count", "by_token")),
+        *((name, ctypes.c_int) for name in ("sequence", "first", "count", "head_count", "by_token")),
     )
 
 
-def unpack(
-    tilings: Sequence[Tiling],
-    tiles: Sequence[Tensor],
-    first: int,
-    count: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Centred codes [B, H, 64 · count, columns] of ``count`` tiles from ``first`` on.
+@dataclass(frozen=True, eq=False)
+class Unpacker:
+    """Tiles of one side while they stay where they are: uint8 [B, n, nbytes] of each head.
 
-    Args:
-        tilings, tiles: of each head; uint8 [B, n, nbytes], tiles of a sequence one behind another.
-        columns: at least the stored coordinates of any head, a multiple of 16; the others are zeros.
+    ``columns`` are at least the stored coordinates of any head, a multiple of 16; ``table`` is the kernel's
+    ``Head`` of every head.
     """
-    if not (tiles[0].is_cuda and dtype in NUMBERS):
-        return unpack_ref(tilings, tiles, first, count, columns, dtype)
-    batch, heads = len(tiles[0]), head_table(tilings, tiles, columns)
-    out = torch.empty(batch, len(tiles), TOKENS * count, columns, dtype=dtype, device=tiles[0].device)
-    kernel = compiled(SOURCES, "unpack_tiles", macros(columns, dtype), 0)
-    kernel.launch(grid(tiles, count), _THREADS, arguments(tilings, heads, out, first, count))
-    return out
+
+    tilings: tuple[Tiling, ...]
+    tiles: tuple[Tensor, ...]
+    columns: int
+    table: Tensor
+
+    @classmethod
+    def of(cls, tilings: Sequence[Tiling], tiles: Sequence[Tensor], columns: int) -> "Unpacker":
+        return cls(tuple(tilings), tuple(tiles), columns, _table(tilings, tiles, columns))
+
+    def codes(self, own: slice, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Centred codes [B, H, 64 · count, columns] of ``count`` tiles from ``first`` on.
+
+        ``own`` are the sequences; columns behind a head's stored coordinates are zeros.
+        """
+        if not (self.table.is_cuda and dtype in NUMBERS):
+            tiles = [held[own] for held in self.tiles]
+            return unpack_ref(self.tilings, tiles, first, count, self.columns, dtype)
+        grid = self.grid(own, count)
+        shape = grid[2], grid[1], TOKENS * count, self.columns
+        out = torch.empty(shape, dtype=dtype, device=self.table.device)
+        kernel = compiled(SOURCES, "unpack_tiles", self.macros(dtype), 0)
+        kernel.launch(grid, _THREADS, self.arguments(out, own, first, count))
+        return out
+
+    def macros(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+        return (("COLUMNS", self.columns), ("NUMBER", NUMBERS[dtype]))
+
+    def grid(self, own: slice, count: int) -> tuple[int, int, int]:
+        return count, len(self.tiles), len(range(*own.indices(len(self.tiles[0]))))
+
+    def arguments(self, out: Tensor, own: slice, first: int, count: int) -> Arguments:
+        """For ``out`` as ``codes`` gives it."""
+        sequence, by_token = own.start or 0, self.tilings[0].rows == "tokens"
+        pointers = self.table.data_ptr(), out.data_ptr()
+        return Arguments(*pointers, sequence, first, count, len(self.tilings), by_token)
 
 
 def unpack_ref(
@@ -60,7 +83,7 @@ def unpack_ref(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``unpack`` in plain torch."""
+    """``Unpacker.codes`` of all sequences in plain torch."""
     shape = len(tiles[0]), len(tiles), TOKENS * count, columns
     out = torch.zeros(shape, dtype=dtype, device=tiles[0].device)
     for head, (tiling, own) in enumerate(zip(tilings, tiles, strict=True)):
@@ -76,32 +99,17 @@ def middles(tiling: Tiling, columns: int) -> Tensor:
     return torch.tensor(found + [0.0] * (columns - len(found)), dtype=torch.float64)
 
 
-def macros(columns: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-    return (("COLUMNS", columns), ("NUMBER", NUMBERS[dtype]))
-
-
-def grid(tiles: Sequence[Tensor], count: int) -> tuple[int, int, int]:
-    return count, len(tiles), len(tiles[0])
-
-
 def shared_bytes(columns: int) -> int:
     """Shared memory of a block."""
     words = TOKENS * columns // 4
     return 4 * (words + words // 128 + 1)
 
 
-def arguments(tilings: Sequence[Tiling], heads: Tensor, out: Tensor, first: int, count: int) -> Arguments:
-    """For ``out`` as ``unpack`` gives it and ``heads`` as ``head_table`` does."""
-    by_token = tilings[0].rows == "tokens"
-    return Arguments(heads.data_ptr(), out.data_ptr(), first, count, len(tilings), by_token)
-
-
-def head_table(tilings: Sequence[Tiling], tiles: Sequence[Tensor], columns: int) -> Tensor:
+def _table(tilings: Sequence[Tiling], tiles: Sequence[Tensor], columns: int) -> Tensor:
     """The kernel's ``Head`` of every KV head, int64 words."""
     rows: list[list[int]] = []
     for tiling, own in zip(tilings, tiles, strict=True):
-        pieces = _pieces(tiling, columns // CHUNK)
-        pairs = [low | high << 32 for low, high in pieces]
+        pairs = [low | high << 32 for low, high in _pieces(tiling, columns // CHUNK)]
         rows.append([own.data_ptr(), own.stride(0), tiling.nbytes // 4, *pairs])
     return torch.tensor(rows, dtype=torch.int64, device=tiles[0].device)
 
