@@ -32,12 +32,21 @@ def near(a, b):
     return float((a - b).abs().median()) < 1e-4
 
 
-SIZES = ((70, 1, 1, 5, 16, 40, 1, 3, 32, 1), (2, 41, 1, 50, 1, 3, 60, 12), (170,))
+MIXED, LATE, WHOLE = (70, 1, 1, 5, 16, 40, 1, 3, 32, 1), (2, 41, 1, 50, 1, 3, 60, 12), (170,)
 
 
-@pytest.mark.parametrize("prefill", ["packed", "raw"])
-@pytest.mark.parametrize("sizes", SIZES, ids=len)
-@pytest.mark.parametrize(("name", "sinks"), [("llama", 0), ("llama", 3), ("llama-1layer", 3)])
+@pytest.mark.parametrize(
+    ("name", "sinks", "sizes", "prefill"),
+    [
+        ("llama", 0, MIXED, "packed"),
+        ("llama", 3, MIXED, "raw"),
+        ("llama-1layer", 3, MIXED, "packed"),
+        ("llama", 3, LATE, "packed"),
+        ("llama-1layer", 3, LATE, "raw"),
+        ("llama", 3, WHOLE, "packed"),
+        ("llama", 0, WHOLE, "raw"),
+    ],
+)
 def test_steps_of_any_size(name, sinks, sizes, prefill, model, plan):
     subject, fitted = model(name), plan(name, "sight", bits=4.0, options=LAYOUT, sinks=sinks)
     ids = tokens(2, 170)
