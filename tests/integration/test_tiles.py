@@ -10,6 +10,7 @@ from zoo import tokens
 import kvsight
 from kvsight.cache.packed import left_padding
 from kvsight.errors import KVSightError
+from kvsight.eval.selftest import checked_bytes
 
 LAYOUT = (("layout", "tiles"),)
 
@@ -128,6 +129,16 @@ def test_readers_that_know_no_tiles(model, plan):
     with pytest.raises(KVSightError, match="must be finite"):
         cache.update(k, v, 0)
     assert cache.get_seq_length() == 80
+
+
+def test_the_ledger_counts_rows(model, plan):
+    subject = model("llama")
+    fitted = plan("llama", "sight", bits=4.0, options=LAYOUT, sinks=3)
+    cache, ids = caches(fitted)[1], tokens(2, 90)
+    with kvsight.enable(subject):
+        step(subject, cache, ids)
+    assert cache.nbytes > fitted.nbytes(90, 2)
+    assert checked_bytes(cache, fitted, ids) == fitted.nbytes(90, 2)
 
 
 def test_saved_and_loaded(model, plan, tmp_path):

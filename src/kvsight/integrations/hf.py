@@ -340,6 +340,11 @@ class PackedCache(Cache):
         """Bytes allocated for cached tokens: codes, scales, norms, sinks, window and pending ones."""
         return sum(layer.nbytes for layer in self._packed_layers())
 
+    def to_rows(self) -> None:
+        """Give tokens in tiles back to rows, as the ledger counts them: the last tile may be part empty."""
+        for layer in self._packed_layers():
+            layer._in_rows()
+
     @property
     def drift(self) -> Drift | None:
         """How far the cached text is from the calibration; None if nothing was looked at yet."""
