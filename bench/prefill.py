@@ -11,11 +11,11 @@ and cuDNN, which does not: it gets the past and the new tokens apart, and nobody
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attend import Case, coded, copy_bandwidth, filled
@@ -27,6 +27,7 @@ from kvsight.ops.attend.prefill import KERNELS, PrefillReader, decoding
 from kvsight.ops.attend.unpack import unpack_ref
 from kvsight.tiling import TOKENS
 
+T = TypeVar("T")
 CHOICES = {"chosen": None, "flash": "flash", "cudnn": "cudnn"}
 
 
@@ -105,8 +106,8 @@ def check(bits: float) -> dict[str, float]:
         norm = true.norm()
         limit = 2 * float((stock.double() - true).norm() / norm)
         found["torch"] = max(found.get("torch", 0.0), limit / 2)
-        for name, kernel in CHOICES.items():
-            outs = [reader.attend(q, keys.tokens, kernel=kernel) for _ in range(2)]
+        for name, call in taken(choices(reader, q, keys.tokens)):
+            outs = [call(), call()]
             if not torch.equal(*outs):
                 raise SystemExit(f"two runs of {name} differ")
             error = float((outs[0].transpose(1, 2).double() - true).norm() / norm)
@@ -114,6 +115,21 @@ def check(bits: float) -> dict[str, float]:
                 raise SystemExit(f"the error of {name} is {error:.2e}, torch's {limit / 2:.2e}")
             found[name] = max(found.get(name, 0.0), error)
     return found
+
+
+def choices(reader: PrefillReader, q: Tensor, tokens: int) -> dict[str, Callable[[], Tensor]]:
+    return {name: partial(reader.attend, q, tokens, kernel=kernel) for name, kernel in CHOICES.items()}
+
+
+def taken(calls: Mapping[str, Callable[[], T]]) -> Iterator[tuple[str, Callable[[], T]]]:
+    """Those whose kernels take the shape."""
+    for name, call in calls.items():
+        try:
+            call()
+        except RuntimeError as error:
+            print(f"{name} refuses: {str(error).splitlines()[0]}", flush=True)
+            continue
+        yield name, call
 
 
 def timed(run: Callable[[], object], repeats: int) -> float:
@@ -142,10 +158,11 @@ def baselines(case: Prefill, repeats: int) -> dict[str, float]:
             KERNELS["cudnn"](q, *past, False, scaling)
         KERNELS["cudnn"](q, *own, True, scaling)
 
-    return {
-        "flash": timed(lambda: KERNELS["flash"](q, k, v, True, scaling), repeats),
-        "cudnn": timed(apart, repeats),
+    calls: dict[str, Callable[[], object]] = {
+        "flash": lambda: KERNELS["flash"](q, k, v, True, scaling),
+        "cudnn": apart,
     }
+    return {name: timed(call, repeats) for name, call in taken(calls)}
 
 
 def unpacking(reader: PrefillReader, case: Prefill, repeats: int) -> tuple[float, float]:
@@ -179,10 +196,8 @@ def measure(case: Prefill, bits: float, repeats: int, base: dict[str, float]) ->
     keys, values = tiled(case, bits, 2)
     q = query(case)
     reader = PrefillReader.of(keys, values, case.dim**-0.5)
-    found = {
-        name: timed(partial(reader.attend, q, keys.tokens, kernel=kernel), repeats)
-        for name, kernel in CHOICES.items()
-    }
+    calls = choices(reader, q, keys.tokens)
+    found = {name: timed(call, repeats) for name, call in taken(calls)}
     nbytes = sum(t.numel() for side in (keys, values) for t in side.tiles)
     ms, rate = unpacking(reader, case, repeats)
     best = min(base, key=base.__getitem__)

@@ -62,6 +62,8 @@ def test_steps_of_any_size(name, sinks, sizes, prefill, model, plan):
             assert held == [at - sinks >= 64] * len(held)
         assert tiled.get_seq_length() == rows.get_seq_length() == at
     assert tiled.reads.packed > 0 == tiled.reads.decoded
+    if sizes == WHOLE:
+        assert tiled.drift.mean == pytest.approx(rows.drift.mean, rel=1e-3)
     # a tile may be part empty
     assert rows.nbytes == fitted.nbytes(at, 2) <= tiled.nbytes <= rows.nbytes * 192 / (at - sinks)
     key = [cache.layers[0].key_state or cache.layers[0].tiles.states()[0] for cache in (rows, tiled)]

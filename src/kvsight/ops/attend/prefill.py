@@ -30,7 +30,8 @@ _PLAIN_PIECE, _PLAIN_SCORES = 4096, 1 << 25
 _ROWS = 1 << 18
 # cuDNN takes long to plan for a shape that it has not seen, so it gets sizes that come again
 _USUAL = 1024
-_MOST_COLUMNS = 256
+# what flash attention takes: numbers of a token, and the oldest devices
+_MOST_COLUMNS, _FLASH = 256, (8, 0)
 
 Kernel = Literal["cudnn", "flash", "cpu", "plain"]
 Kind = Literal["first", "coded", "last"]
@@ -124,7 +125,8 @@ class PrefillReader:
         """Whether torch has a kernel that tells masses."""
         if not q.is_cuda:
             return q.dtype != torch.float64
-        return q.dtype.itemsize == 2 and max(self.columns, q.shape[-1]) <= _MOST_COLUMNS
+        narrow = q.dtype.itemsize == 2 and max(self.columns, q.shape[-1]) <= _MOST_COLUMNS
+        return narrow and torch.cuda.get_device_capability(q.device) >= _FLASH
 
 
 def decoding(coded: Sequence[Coded], rows: Rows) -> FoldedTiles:
