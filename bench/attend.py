@@ -57,8 +57,8 @@ def head_widths(case: Case, bits: float, seed: int) -> list[tuple[tuple[int, ...
     return [(tuple(menu[i, size].tolist()), variances[i]) for i, size in enumerate(sizes)]
 
 
-def layer(case: Case, bits: float, seed: int) -> tuple[FoldedTiles, FoldedTiles]:
-    """Folded codecs of one layer whose K and V share a budget of ``bits`` per element."""
+def coded(case: Case, bits: float, seed: int) -> tuple[list[Coded], list[Coded]]:
+    """Codecs of one layer whose K and V share a budget of ``bits`` per element."""
     draw = torch.Generator().manual_seed(seed)
     parts: tuple[list[Coded], list[Coded]] = ([], [])
     for i, (widths, variances) in enumerate(head_widths(case, bits, seed)):
@@ -68,7 +68,13 @@ def layer(case: Case, bits: float, seed: int) -> tuple[FoldedTiles, FoldedTiles]
         folded = Folded(inverse[None, :stored], torch.randn(1, case.dim, generator=draw))
         empty = Packed(Row(widths), (torch.empty(1, 1, 0, Row(widths).row_bytes, dtype=torch.uint8),))
         parts[i // case.heads].append(Coded((i % case.heads,), empty, quantizer.tables, folded))
-    return fold(parts[0], "tokens"), fold(parts[1], "coordinates")
+    return parts
+
+
+def layer(case: Case, bits: float, seed: int) -> tuple[FoldedTiles, FoldedTiles]:
+    """The same, folded."""
+    keys, values = coded(case, bits, seed)
+    return fold(keys, "tokens"), fold(values, "coordinates")
 
 
 def filled(folded: FoldedTiles, case: Case, tokens: int) -> TiledTokens:

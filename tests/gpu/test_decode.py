@@ -1,5 +1,7 @@
 """A real model on a GPU: caches in tiles and in rows, eager and as a CUDA graph, against the CPU."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,6 +57,24 @@ def test_generation_in_tiles_is_generation_in_rows(fitted):
         ]
     same = (out[0] == out[1]).float().mean()
     assert float(same) > 0.9
+
+
+@pytest.mark.parametrize("prefill", ["packed", "raw"])
+def test_prefill_in_tiles_is_prefill_in_rows(fitted, prefill):
+    model, plan, ids = fitted
+    model = copy.deepcopy(model).cuda().bfloat16()
+    out = []
+    for tiles in (None, False):
+        cache = kvsight.PackedCache(plan, tiles=tiles, prefill=prefill)
+        with torch.no_grad(), kvsight.enable(model):
+            parts = [
+                model(piece, past_key_values=cache, use_cache=True).logits
+                for piece in ids.cuda().split([100, 40, 1, 19], dim=1)
+            ]
+        out.append(torch.cat(parts, dim=1).float())
+        assert [layer.tiles is not None for layer in cache.layers] == [tiles is None] * len(cache.layers)
+    assert float((out[0].argmax(-1) == out[1].argmax(-1)).float().mean()) > 0.9
+    assert float((out[0] - out[1]).abs().median()) < 0.1
 
 
 def test_a_step_can_be_a_graph(fitted):

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from kvsight.cache.side import segments as segments_of
-from kvsight.cache.tiles import Tiles
+from kvsight.cache.tiles import Fresh, Tiles
 from kvsight.ops.attend.ref import Segment
 from kvsight.plan import Plan
 
+_MASK = 1 << 26
 _KEEPING = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.contiguous, torch.ops.aten.detach)
 
 
@@ -62,8 +63,14 @@ def left_padding(mask: Tensor) -> Tensor | None:
     at = torch.arange(tokens, device=mask.device)
     hidden = (~visible[:, 0, -1]).sum(-1)
     newest = tokens - queries + torch.arange(queries, device=mask.device)
-    plain = (at >= hidden.view(-1, 1, 1)) & (at <= newest.unsqueeze(-1))
-    return hidden.cpu() if bool((visible[:, 0] == plain).all()) else None
+    # some queries at a time: a mask of a long prefill is large
+    step = max(1, _MASK // (len(mask) * tokens))
+    for start in range(0, queries, step):
+        rows = slice(start, start + step)
+        plain = (at >= hidden.view(-1, 1, 1)) & (at <= newest[rows].unsqueeze(-1))
+        if not bool((visible[:, 0, rows] == plain).all()):
+            return None
+    return hidden.cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +80,22 @@ class Held:
     tokens: int
     segments: Callable[[], tuple[Segment, ...]]
     tiles: Tiles | None = None
+    fresh: Fresh | None = None
 
     @classmethod
     def in_segments(cls, segments: tuple[Segment, ...]) -> "Held":
         return cls(sum(segment.tokens for segment in segments), lambda: segments)
 
     @classmethod
-    def in_tiles(cls, tiles: Tiles, side: int) -> "Held":
-        return cls(tiles.first + tiles.tokens, lambda: segments_of(tiles.states()[side]), tiles)
+    def in_tiles(cls, tiles: Tiles, side: int, fresh: Fresh | None = None) -> "Held":
+        def segments() -> tuple[Segment, ...]:
+            before = segments_of(tiles.states(fresh)[side])
+            if fresh is None:
+                return before
+            new = (fresh.keys, fresh.values)[side]
+            return (*(segment for segment in before if segment.tokens), Segment(new.shape[2], dense=new))
+
+        return cls(tiles.first + tiles.tokens, segments, tiles, fresh)
 
 
 class PackedKV(Tensor):

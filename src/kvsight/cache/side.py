@@ -86,11 +86,7 @@ def start(
 
 def append(state: SideState, x: Tensor) -> SideState:
     """Add tokens [B, H, n, d], committing every block that is complete and out of the exact window."""
-    if x.shape[0] != state.batch:
-        raise KVSightError(
-            f"the cache holds a batch of {state.batch}; got {x.shape[0]}. "
-            "Reset it, or repeat or select its batch first."
-        )
+    check_batch(state, x)
     x = x.detach()
     last = state.retention.exact_last
     missing = state.retention.exact_first - state.sinks.shape[2]
@@ -113,6 +109,15 @@ def append(state: SideState, x: Tensor) -> SideState:
         )
     tail = pool[:, :, commit:].to(state.dense_dtype)
     return replace(state, sinks=sinks, coded=coded, tail=_owned(tail, pool))
+
+
+def check_batch(state: SideState, x: Tensor) -> None:
+    """Raise ``KVSightError`` where new tokens are of another number of sequences."""
+    if x.shape[0] != state.batch:
+        raise KVSightError(
+            f"the cache holds a batch of {state.batch}; got {x.shape[0]}. "
+            "Reset it, or repeat or select its batch first."
+        )
 
 
 def _grown(old: Packed, codec: Codec, x: Tensor, first: int) -> Packed:

@@ -1,21 +1,22 @@
-"""Keys and values of one layer in tiles while a model decodes: storage that grows, written in place.
+"""Keys and values of one layer in tiles while a model runs: storage that grows, written in place.
 
-Tokens were coded in rows before (``cache.side``), and rows are what every other operation of a cache
-wants: ``Tiles`` takes rows over, ``Tiles.states`` gives them back, codes unchanged.
+Rows (``cache.side``) are what every operation of a cache but appending and attending wants: ``Tiles``
+takes rows over, ``Tiles.states`` gives them back, codes unchanged.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvsight.cache.side import SideState
-from kvsight.codec import Placement
+from kvsight.cache.side import SideState, check_batch
+from kvsight.codec import Placement, check_finite
 from kvsight.formats import Packed, Row
 from kvsight.ops.attend.cuda import MOST_ROWS, Exact, TiledTokens, TileReader, attend_tiles, token_ranges
+from kvsight.ops.attend.prefill import PrefillReader
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import FoldedTiles, fold, tileable
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
@@ -23,17 +24,27 @@ from kvsight.ops.encode.tiles import Encoder, TileWriter, fold_encoder, write_ti
 from kvsight.packing import pack_row, unpack_row
 from kvsight.tiling import TOKENS, Rows, Tiling
 
-# more new tokens at a time are coded in rows
+# the decoding kernel reads tiles for so many new tokens at a time, torch's kernels for more
 MOST_NEW = 16
 _GROWTH = 8
 _PIECE = 64 * TOKENS
+
+
+@dataclass(frozen=True, eq=False)
+class Fresh:
+    """New tokens [B, H, n, d] that see each other uncompressed, behind so many exact and coded ones."""
+
+    keys: Tensor
+    values: Tensor
+    first: int
+    tokens: int
 
 
 class Tiles:
     """Both sides of one layer. Appending writes in place; ``nbytes`` counts tiles that hold tokens."""
 
     def __init__(self, key: SideState, value: SideState) -> None:
-        """Take over two states that are ``ready``."""
+        """Take over two states that are ``ready`` and have all their exact first tokens."""
         # all of the states but their codes
         self.bare = replace(key, coded=()), replace(value, coded=())
         self.tokens = key.coded[0].tokens
@@ -46,6 +57,7 @@ class Tiles:
         self.tiles = tiles[0], tiles[1]
         self.seen = torch.tensor([self.first + self.tokens], dtype=torch.int32, device=key.sinks.device)
         self._reader: dict[float, TileReader] = {}
+        self._prefill_reader: dict[float, PrefillReader] = {}
         self._writer: TileWriter | None = None
 
     @property
@@ -65,7 +77,7 @@ class Tiles:
         return Tiles(*self.states())
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Code new tokens [B, H, n, d] behind the others."""
+        """Code new tokens [B, H, n, d], that are ``check``ed, behind the others."""
         new = k.shape[2]
         if self.tokens + new > TOKENS * self.tiles[0][0].shape[1]:
             self._grow(new)
@@ -87,20 +99,27 @@ class Tiles:
         hidden: Tensor | None = None,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        fresh: Fresh | None = None,
     ) -> Tensor:
         """Attention of the newest tokens' queries [B, Hq, Q, d]: [B, Q, Hq, d].
 
-        ``hidden`` [B] first tokens of each sequence are padding.
+        ``hidden`` [B] first tokens of each sequence are padding. The newest tokens' own codes are not read
+        where they are ``fresh``.
         """
+        exact = self._exact(q, fresh)
+        options: dict[str, Any] = {"exact": exact, "softcap": softcap, "sink_logits": sink_logits}
+        if many(q, fresh):
+            tokens = self.tokens if fresh is None else fresh.tokens
+            return self._prefill(scaling).attend(q, tokens, hidden=hidden, **options)
+        return self._attend_few(q, scaling, hidden, options)
+
+    def _attend_few(
+        self, q: Tensor, scaling: float, hidden: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
         queries, heads = q.shape[2], len(self.tiles[0])
         step = max(1, MOST_ROWS * heads // q.shape[1])
         # the kernel finds plain ranges itself
         ranges = None if q.is_cuda and hidden is None else self._ranges(q, hidden)
-        exact = None
-        if self.first:
-            (key, value), none = self.bare, q.new_empty(q.shape[0], heads, 0, q.shape[3])
-            exact = Exact(key.sinks, value.sinks, none, none)
-        options: dict[str, Any] = {"exact": exact, "softcap": softcap, "sink_logits": sink_logits}
         parts: list[Tensor] = []
         for start in range(0, queries, step):
             block = q[:, :, start : start + step].contiguous()
@@ -115,13 +134,26 @@ class Tiles:
                 parts.append(attend_tiles_ref(block, *self._tokens(), own, scaling=scaling, **options))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def states(self) -> tuple[SideState, SideState]:
-        """The same tokens in rows."""
+    def states(self, fresh: Fresh | None = None) -> tuple[SideState, SideState]:
+        """The same tokens in rows, or those before ``fresh`` ones."""
+        first, tokens = (self.first, self.tokens) if fresh is None else (fresh.first, fresh.tokens)
         out = [
-            replace(state, coded=tuple(_rows(p, side, f.tilings, self.tokens) for p in state.placements))
+            replace(
+                state,
+                sinks=state.sinks[:, :, :first],
+                coded=tuple(_rows(p, side, f.tilings, tokens) for p in state.placements),
+            )
             for state, side, f in zip(self.bare, self.tiles, self.folded, strict=True)
         ]
         return out[0], out[1]
+
+    def _exact(self, q: Tensor, fresh: Fresh | None) -> Exact | None:
+        """First and fresh tokens, if there are any."""
+        (key, value), none = self.bare, q.new_empty(q.shape[0], len(self.tiles[0]), 0, q.shape[3])
+        if fresh is not None:
+            first = slice(0, fresh.first)
+            return Exact(key.sinks[:, :, first], value.sinks[:, :, first], fresh.keys, fresh.values)
+        return Exact(key.sinks, value.sinks, none, none) if self.first else None
 
     def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor:
         shape = q.shape[0], q.shape[2], self.first, self.tokens
@@ -138,12 +170,18 @@ class Tiles:
             self._reader[scaling] = TileReader.of(*self._tokens(), scaling)
         return self._reader[scaling]
 
+    def _prefill(self, scaling: float) -> PrefillReader:
+        if scaling not in self._prefill_reader:
+            self._prefill_reader[scaling] = PrefillReader.of(*self._tokens(), scaling)
+        return self._prefill_reader[scaling]
+
     def _grow(self, new: int) -> None:
         room = _room(self.tokens + new)
         grown = [tuple(_larger(t, room) for t in side) for side in self.tiles]
         self.tiles = grown[0], grown[1]
         # addresses changed
         self._reader.clear()
+        self._prefill_reader.clear()
         self._writer = None
 
 
@@ -157,12 +195,31 @@ def fits_tiles(key: SideState, value: SideState) -> bool:
     )
 
 
-def ready(key: SideState, value: SideState) -> bool:
-    """Whether states that fit tiles hold enough to be taken over."""
+def ready(key: SideState, value: SideState, new: int) -> bool:
+    """Whether states that fit tiles will hold enough with ``new`` more tokens to be taken over."""
     return all(
-        state.coded[0].tokens >= TOKENS and state.skip == 0 and state.tail.shape[2] == 0
+        state.coded[0].tokens + new - missing(state) >= TOKENS
+        and state.skip == 0
+        and state.tail.shape[2] == 0
         for state in (key, value)
     )
+
+
+def missing(state: SideState) -> int:
+    """How many exact first tokens are still to come."""
+    return state.retention.exact_first - int(state.sinks.shape[2])
+
+
+def check(state: SideState, x: Tensor) -> None:
+    """As ``cache.side.append``, but a few new tokens are not looked into: a device would wait for that."""
+    check_batch(state, x)
+    if x.shape[2] > MOST_NEW:
+        check_finite(x)
+
+
+def many(q: Tensor, fresh: Fresh | None) -> bool:
+    """Whether attention of these queries is torch's rather than the decoding kernel's."""
+    return fresh is not None or q.shape[2] > MOST_NEW
 
 
 def _both(key: SideState, value: SideState) -> tuple[tuple[SideState, Rows], tuple[SideState, Rows]]:

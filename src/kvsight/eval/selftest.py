@@ -25,6 +25,7 @@ def checked_bytes(cache: PackedCache, plan: Plan, ids: Tensor) -> int:
     """Bytes that the cache of ids [B, T] holds; raises unless they are the plan's, and a saving."""
     batch, tokens = ids.shape
     promised = plan.nbytes(tokens, batch)
+    cache.to_rows()
     if cache.nbytes != promised:
         raise KVSightError(
             f"the cache holds {cache.nbytes} bytes for {ids.numel()} tokens, the plan's ledger says "

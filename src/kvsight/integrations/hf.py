@@ -24,7 +24,7 @@ from kvsight.cache import side as sides
 from kvsight.cache.monitor import Monitor, monitored
 from kvsight.cache.packed import Held, PackedKV, Reads
 from kvsight.cache.side import SideState
-from kvsight.cache.tiles import MOST_NEW, Tiles, fits_tiles, ready
+from kvsight.cache.tiles import MOST_NEW, Fresh, Tiles, check, fits_tiles, many, missing, ready
 from kvsight.drift import Drift
 from kvsight.errors import KVSightError
 from kvsight.fingerprint import check_model, fingerprint
@@ -81,7 +81,7 @@ class PackedLayer(CacheLayerMixin):
         """Code the new tokens; return handles to all visible ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._in_tiles(key_states.shape[2]):
+        if self._to_tiles(key_states.shape[2]):
             return self._update_tiles(key_states, value_states)
         self._in_rows()
         assert self.key_state is not None and self.value_state is not None
@@ -89,7 +89,7 @@ class PackedLayer(CacheLayerMixin):
         key = sides.append(self.key_state, key_states)
         value = sides.append(self.value_state, value_states)
         if self.monitor is not None and key_states.shape[2] > 1:
-            self._look(self.monitor, key_states, value_states)
+            self._look(self.monitor, key, value, key_states, value_states)
         self.cumulative_length += key_states.shape[2]
         self.key_state, self.value_state = self._retain(key), self._retain(value)
         if self.raw_prefill and key_states.shape[2] > 1:
@@ -103,16 +103,12 @@ class PackedLayer(CacheLayerMixin):
             self._handle(sides.segments(value, last), value_states),
         )
 
-    def _in_tiles(self, new: int) -> bool:
-        """Whether an update of this many tokens goes to tiles, where the others are then."""
-        if new > (1 if self.raw_prefill else MOST_NEW) or not self.fits_tiles:
-            return False
-        if self.tiles is None and self.key_state is not None and self.value_state is not None:
-            if not ready(self.key_state, self.value_state):
-                return False
-            self.tiles = Tiles(self.key_state, self.value_state)
-            self.key_state = self.value_state = None
-        return self.tiles is not None
+    def _to_tiles(self, new: int) -> bool:
+        """Whether an update of this many tokens goes to tiles."""
+        if self.tiles is not None or not self.fits_tiles:
+            return self.fits_tiles
+        assert self.key_state is not None and self.value_state is not None
+        return ready(self.key_state, self.value_state, new)
 
     def _in_rows(self) -> None:
         """Give tokens in tiles back to rows, which all operations but appending want."""
@@ -121,20 +117,48 @@ class PackedLayer(CacheLayerMixin):
             self.tiles = None
 
     def _update_tiles(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.tiles is not None
-        self.tiles.append(key_states, value_states)
-        self.cumulative_length += key_states.shape[2]
+        new, before = key_states.shape[2], self.cumulative_length
+        tiles, first = self._tiles(key_states, value_states)
+        tiles.append(key_states[:, :, first:], value_states[:, :, first:])
+        if self.monitor is not None and new > MOST_NEW:
+            self._look(self.monitor, *tiles.bare, key_states, value_states)
+        self.cumulative_length += new
+        fresh = None
+        if self.raw_prefill and new > 1:
+            exact = min(tiles.first, before)
+            fresh = Fresh(key_states, value_states, exact, before - exact)
         return (
-            PackedKV(Held.in_tiles(self.tiles, 0), key_states, self.reads),
-            PackedKV(Held.in_tiles(self.tiles, 1), value_states, self.reads),
+            PackedKV(Held.in_tiles(tiles, 0, fresh), key_states, self.reads),
+            PackedKV(Held.in_tiles(tiles, 1, fresh), value_states, self.reads),
         )
 
-    def _look(self, monitor: Monitor, key_states: Tensor, value_states: Tensor) -> None:
-        assert self.key_state is not None and self.value_state is not None
+    def _tiles(self, key_states: Tensor, value_states: Tensor) -> tuple[Tiles, int]:
+        """The tiles that all tokens so far are in, and how many of the new ones are exact first tokens."""
+        states = (self.key_state, self.value_state) if self.tiles is None else self.tiles.bare
+        key, value = states
+        assert key is not None and value is not None
+        check(key, key_states)
+        check(value, value_states)
+        first = missing(key)
+        if self.tiles is None:
+            if first:
+                key = sides.append(key, key_states[:, :, :first])
+                value = sides.append(value, value_states[:, :, :first])
+            self.tiles = Tiles(key, value)
+            self.key_state = self.value_state = None
+        return self.tiles, first
+
+    def _look(
+        self,
+        monitor: Monitor,
+        key: SideState,
+        value: SideState,
+        key_states: Tensor,
+        value_states: Tensor,
+    ) -> None:
         # the states hold the placements where the tensors are
-        placed = self.key_state.placements, self.value_state.placements
-        monitor.look(self.layer, "k", placed[0], key_states, self.cumulative_length)
-        monitor.look(self.layer, "v", placed[1], value_states, self.cumulative_length)
+        monitor.look(self.layer, "k", key.placements, key_states, self.cumulative_length)
+        monitor.look(self.layer, "v", value.placements, value_states, self.cumulative_length)
         if self.layer.index == self.plan.layers[-1].index:
             monitor.say()
 
@@ -263,9 +287,9 @@ class PackedCache(Cache):
             other uncompressed, as most serving engines do.
         monitor: compare some of the tokens of every call of more than one with the calibration, and log
             a warning when they are unlike it; ``drift`` has the figures.
-        tiles: hold tokens in tiles while at most 16 come at a time, where the plan was fitted with the
-            option ``layout=tiles``. On CUDA devices kernels read them, and they are the default;
-            elsewhere plain torch does, for tests.
+        tiles: hold tokens in tiles from the 64th on, where the plan was fitted with the option
+            ``layout=tiles``. On CUDA devices kernels read them, and they are the default; elsewhere
+            plain torch does, for tests.
 
     ``model.generate(ids, past_key_values=PackedCache(plan))`` works as it is; inside
     ``kvsight.enable(model)`` attention runs on the codes.
@@ -315,6 +339,11 @@ class PackedCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated for cached tokens: codes, scales, norms, sinks, window and pending ones."""
         return sum(layer.nbytes for layer in self._packed_layers())
+
+    def to_rows(self) -> None:
+        """Give tokens in tiles back to rows, as the ledger counts them: the last tile may be part empty."""
+        for layer in self._packed_layers():
+            layer._in_rows()
 
     @property
     def drift(self) -> Drift | None:
@@ -452,12 +481,19 @@ def _on_codes(
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
-    tiles = key.held.tiles
-    if tiles is not None and tiles is value.held.tiles and causal:
+    tiles, fresh = key.held.tiles, key.held.fresh
+    # torch's kernels tell no gradient of the masses that merge pieces
+    differentiable = query.requires_grad and torch.is_grad_enabled() and many(query, fresh)
+    if tiles is not None and tiles is value.held.tiles and causal and not differentiable:
         padding = None if mask is None else key.reads.padding(mask)
         if mask is None or padding is not None:
             return tiles.attend(
-                query, scaling=scaling, hidden=padding, softcap=softcap, sink_logits=sink_logits
+                query,
+                scaling=scaling,
+                hidden=padding,
+                softcap=softcap,
+                sink_logits=sink_logits,
+                fresh=fresh,
             )
     return attend(
         query,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -211,6 +211,19 @@ def token_ranges(  # noqa: PLR0913
     return torch.stack(bounds, dim=-1).int()
 
 
+class _Size(NamedTuple):
+    """What decides how a launch is set up; ``tiles`` about, ``workers`` and ``given`` as ``call`` gets them."""
+
+    batch: int
+    row_tiles: int
+    dtype: torch.dtype
+    tiles: int
+    exact: bool
+    softcap: bool
+    workers: int
+    given: tuple[tuple[str, int], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class _Setup:
     """What launches of one size share: ``items`` [blocks, words] as the kernel's ``Item``, and scratch.
@@ -233,7 +246,7 @@ class TileReader:
     heads: Tensor
     tiles: tuple[Tensor, ...]
     scaling: float
-    setups: dict[tuple[Any, ...], "_Setup"] = field(default_factory=dict)
+    setups: dict[_Size, _Setup] = field(default_factory=dict)
     maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
@@ -296,10 +309,10 @@ class TileReader:
         first, last = (0, 0) if exact is None else (exact.first_keys.shape[2], exact.last_keys.shape[2])
         tiles = _coarse(max(1, -(-tokens // TOKENS) - skip // TOKENS))
         given = tuple((shape or {}).items())
-        key = batch, row_tiles, q.dtype, tiles, first + last > 0, bool(softcap), workers, given
-        if key not in self.setups:
-            self.setups[key] = self._setup(*key)
-        setup = self.setups[key]
+        size = _Size(batch, row_tiles, q.dtype, tiles, first + last > 0, bool(softcap), workers, given)
+        if size not in self.setups:
+            self.setups[size] = self._setup(size)
+        setup = self.setups[size]
         tensors = {
             "query": q,
             "key_maps": setup.maps[0],
@@ -330,21 +343,11 @@ class TileReader:
         assert out is not None
         return Call(setup.shape, (len(setup.items), 1, 1), {**pointers, **numbers}, alive, out)
 
-    def _setup(
-        self,
-        batch: int,
-        row_tiles: int,
-        dtype: torch.dtype,
-        tiles: int,
-        exact: bool,
-        softcap: bool,
-        workers: int,
-        given: tuple[tuple[str, int], ...],
-    ) -> "_Setup":
+    def _setup(self, size: "_Size") -> "_Setup":
         device = self.heads.device
-        shape = self._shape(row_tiles, dtype, softcap, dict(given))
-        workers = workers or shape.blocks * _multiprocessors(device)
-        parts = schedule(self.costs, batch, tiles, workers, entry=_ENTRY_COST, exact=exact)
+        shape = self._shape(size)
+        blocks = size.workers or shape.blocks * _multiprocessors(device)
+        parts = schedule(self.costs, size.batch, size.tiles, blocks, entry=_ENTRY_COST, exact=size.exact)
         stages = [
             shape.stages(k.nbytes, v.nbytes) for k, v in zip(*(s.tilings for s in self.sides), strict=True)
         ]
@@ -366,7 +369,7 @@ class TileReader:
             self.maps[parts] = key_maps(keys, log2, parts), value_maps(values, parts)
         return self.maps[parts]
 
-    def _shape(self, row_tiles: int, dtype: torch.dtype, softcap: bool, given: Mapping[str, int]) -> Shape:
+    def _shape(self, size: "_Size") -> Shape:
         keys, values = self.sides
         shape = Shape(
             keys.matrix.shape[1],
@@ -375,10 +378,10 @@ class TileReader:
             values.blocks,
             _kinds(keys),
             _kinds(values),
-            row_tiles,
-            NUMBERS[dtype],
-            softcap,
-            **given,
+            size.row_tiles,
+            NUMBERS[size.dtype],
+            size.softcap,
+            **dict(size.given),
         )
         return shape if shape.ring else shape.fitting(self.largest)
 

@@ -95,12 +95,11 @@ def steps(coded: Coded) -> tuple[Tensor, Tensor] | None:
     first = levels[starts.long()]
     span = 2**widths - 1
     step = (levels[starts.long() + span] - first) / span
-    for code in range(1, int(span.max()) if len(span) else 0):
-        at = starts.long() + torch.minimum(torch.full_like(span, code), span)
-        wanted = first + step * torch.minimum(torch.full_like(span, code), span)
-        if bool(((levels[at] - wanted).abs() > _EVEN * step).any()):
-            return None
-    return first, step
+    most = int(span.max()) if len(span) else 0
+    # every code of every coordinate at once, [codes, 1, stored]
+    codes = torch.arange(1, max(1, most), device=span.device).view(-1, 1, 1).minimum(span)
+    apart = (levels[starts.long() + codes] - (first + step * codes)).abs()
+    return None if bool((apart > _EVEN * step).any()) else (first, step)
 
 
 def _fold_head(coded: Coded, head: int) -> tuple[Tensor, Tensor]:
