@@ -204,7 +204,7 @@ class Reading:
     """How the heads of a segment are read.
 
     ``kinds`` and ``sizes`` (bytes of each class, or stored coordinates) by head; ``matrix`` [H, width, d]
-    and ``constant`` [H, d] in fp32 decode features, None for the identity and for zero; ``tables``
+    and ``constant`` [H, d] decode features, None for the identity and for zero; ``tables``
     [H, 13, dim] int32 are piece tables, then where a coordinate's levels start or its parameter column.
     """
 
@@ -222,8 +222,8 @@ def plain(heads: int, dim: int) -> Reading:
 
 # two for each layer of the largest models
 @lru_cache(maxsize=512)
-def reading(coding: Coding, padded: Blocks, dim: int, device: torch.device) -> Reading:
-    """Of a coded segment; every head's features start at 0 of ``padded.width`` columns."""
+def reading(coding: Coding, padded: Blocks, dim: int, device: torch.device, dtype: torch.dtype) -> Reading:
+    """Of a coded segment, its maps in ``dtype``; features start at 0 of ``padded.width`` columns."""
     of_head: dict[int, tuple[Kind, tuple[int, int, int], Tensor, Tensor, Tensor]] = {}
     for kind, entry in zip(kinds(coding), coding.coded, strict=True):
         heads, form, tables, _ = entry
@@ -236,7 +236,7 @@ def reading(coding: Coding, padded: Blocks, dim: int, device: torch.device) -> R
     matrix, constant, table = (torch.stack(column).to(device) for column in columns[2:])
     if all(_is_plain(kind, entry) for kind, entry in zip(kinds(coding), coding.coded, strict=True)):
         return Reading(columns[0], columns[1], tables=table)
-    return Reading(columns[0], columns[1], matrix.float(), constant.float(), table)
+    return Reading(columns[0], columns[1], matrix.to(dtype), constant.to(dtype), table)
 
 
 def _is_plain(kind: Kind, entry: _Entry) -> bool:

@@ -30,20 +30,45 @@ def _plane(octets, MASK: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a bᵀ of a [M, K], b [N, K]; fp32 is summed in pieces of 16: one long sum errs twice as much."""
+    if tl.float32 == a.dtype and PRECISION == "ieee" and a.shape[1] > 16:
+        COUNT: tl.constexpr = a.shape[1] // 16
+        left = tl.permute(tl.reshape(a, [a.shape[0], COUNT, 16]), [1, 0, 2])
+        right = tl.permute(tl.reshape(b, [b.shape[0], COUNT, 16]), [1, 2, 0])
+        out = tl.sum(tl.dot(left, right, input_precision=PRECISION), axis=0)
+    else:
+        out = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def _add(acc, decay, p, x, PRECISION: tl.constexpr):
+    """acc · decay + p x of p [M, N], x [N, K]; in fp32 a block of tokens is summed before it is added."""
+    if tl.float32 == p.dtype and PRECISION == "ieee":
+        out = acc * decay[:, None] + _dot(p, tl.trans(x), PRECISION)
+    else:
+        out = tl.dot(p, x, acc * decay[:, None], input_precision=PRECISION)
+    return out
+
+
+@triton.jit
 def _score(s, q, octets, MASK: tl.constexpr, DTYPE: tl.constexpr):
     """s + q · planeᵀ; in half precision the query is split in two, since folding gave it more digits."""
-    plane = tl.trans(_plane(octets, MASK, DTYPE))
-    high = q.to(DTYPE)
-    s = tl.dot(high, plane, s, input_precision="ieee")
+    plane = _plane(octets, MASK, DTYPE)
     if tl.float16 == DTYPE:
-        s = tl.dot((q - high.to(tl.float32)).to(DTYPE), plane, s)
+        high = q.to(DTYPE)
+        s = tl.dot(high, tl.trans(plane), s)
+        s = tl.dot((q - high.to(tl.float32)).to(DTYPE), tl.trans(plane), s)
+    else:
+        s += _dot(q, plane, "ieee")
     return s
 
 
 @triton.jit
-def _mix(acc, p, octets, MASK: tl.constexpr):
-    """acc + p · plane."""
-    return tl.dot(p, _plane(octets, MASK, p.dtype), acc, input_precision="ieee")
+def _mix(acc, decay, p, octets, MASK: tl.constexpr):
+    """acc · decay + p · plane."""
+    return _add(acc, decay, p, _plane(octets, MASK, p.dtype), "ieee")
 
 
 @triton.jit
@@ -283,10 +308,10 @@ def _work(
                 s = _score(s, qb7, octets, 128, CODES)
         elif KEYS == 0:
             x = _dense(source_k, batch, token, live, STORED_K, DIM_K, DENSE_ALIGN_K)
-            s = tl.dot(qd, tl.trans(x.to(DENSE_K)), input_precision="ieee")
+            s = _dot(qd, x.to(DENSE_K), "ieee")
         else:
             x = _coordinates(source_k, batch, token, live, KEYS, DIM_K, PIECES_K)
-            s = tl.dot(qd, tl.trans(x), input_precision=PRECISION)
+            s = _dot(qd, x, PRECISION)
         s = s * scale[:, None] + offset[:, None]
         if SOFTCAP:
             s = _tanh(s / softcap) * (softcap * 1.4426950408889634)
@@ -320,30 +345,30 @@ def _work(
             w = p.to(CODES)
             if NIBBLES_V:
                 octets = _bytes(values, live, 0, mass_n, NIBBLES_V)
-                an0 = _mix(an0 * decay[:, None], w, octets, 15)
-                an1 = _mix(an1 * decay[:, None], w, octets, 240)
+                an0 = _mix(an0, decay, w, octets, 15)
+                an1 = _mix(an1, decay, w, octets, 240)
             if CRUMBS_V:
                 octets = _bytes(values, live, mass_n, mass_c, CRUMBS_V)
-                ac0 = _mix(ac0 * decay[:, None], w, octets, 3)
-                ac1 = _mix(ac1 * decay[:, None], w, octets, 12)
-                ac2 = _mix(ac2 * decay[:, None], w, octets, 48)
-                ac3 = _mix(ac3 * decay[:, None], w, octets, 192)
+                ac0 = _mix(ac0, decay, w, octets, 3)
+                ac1 = _mix(ac1, decay, w, octets, 12)
+                ac2 = _mix(ac2, decay, w, octets, 48)
+                ac3 = _mix(ac3, decay, w, octets, 192)
             if BITS_V:
                 octets = _bytes(values, live, mass_n + mass_c, mass_b, BITS_V)
-                ab0 = _mix(ab0 * decay[:, None], w, octets, 1)
-                ab1 = _mix(ab1 * decay[:, None], w, octets, 2)
-                ab2 = _mix(ab2 * decay[:, None], w, octets, 4)
-                ab3 = _mix(ab3 * decay[:, None], w, octets, 8)
-                ab4 = _mix(ab4 * decay[:, None], w, octets, 16)
-                ab5 = _mix(ab5 * decay[:, None], w, octets, 32)
-                ab6 = _mix(ab6 * decay[:, None], w, octets, 64)
-                ab7 = _mix(ab7 * decay[:, None], w, octets, 128)
+                ab0 = _mix(ab0, decay, w, octets, 1)
+                ab1 = _mix(ab1, decay, w, octets, 2)
+                ab2 = _mix(ab2, decay, w, octets, 4)
+                ab3 = _mix(ab3, decay, w, octets, 8)
+                ab4 = _mix(ab4, decay, w, octets, 16)
+                ab5 = _mix(ab5, decay, w, octets, 32)
+                ab6 = _mix(ab6, decay, w, octets, 64)
+                ab7 = _mix(ab7, decay, w, octets, 128)
         elif VALUES == 0:
             x = _dense(source_v, batch, token, live, STORED_V, DIM_V, DENSE_ALIGN_V)
-            ad = tl.dot(p.to(DENSE_V), x.to(DENSE_V), ad * decay[:, None], input_precision="ieee")
+            ad = _add(ad, decay, p.to(DENSE_V), x.to(DENSE_V), "ieee")
         else:
             x = _coordinates(source_v, batch, token, live, VALUES, DIM_V, PIECES_V)
-            ad = tl.dot(p, x, ad * decay[:, None], input_precision=PRECISION)
+            ad = _add(ad, decay, p, x, PRECISION)
 
     out = part * rows + row
     tl.store(tops + out, top - HEADROOM, mask=inside)

@@ -40,14 +40,14 @@ class Side:
     held: list[Tensor]
 
 
-def read_side(segments: Sequence[Segment], device: torch.device) -> Side:
-    """Segments of one side; empty ones are left out."""
+def read_side(segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> Side:
+    """Segments of one side, their linear maps in ``dtype``; empty ones are left out."""
     segments = [segment for segment in segments if segment.tokens]
     heads, dim = kv_heads(segments[0]), head_dim(segments[0])
     codings = [None if segment.dense is not None else Coding(segment.coded) for segment in segments]
     padded = blocks(codings, dim)
     dense = plain(heads, dim)
-    found = [dense if coding is None else reading(coding, padded, dim, device) for coding in codings]
+    found = [dense if coding is None else reading(coding, padded, dim, device, dtype) for coding in codings]
     groups = list(dict.fromkeys(found))
     ends = tuple(accumulate(segment.tokens for segment in segments))
     stored = _dense_type(segments)

@@ -101,7 +101,7 @@ def attend(  # noqa: PLR0913
     """As ``ref.attend``. The context is cut into about ``splits`` pieces, by default to fill the device."""
     batch, heads, count, _ = q.shape
     scoring = _Scoring(scaling, softcap, sink_logits, causal and mask is None and count > 1)
-    left, right = read_side(keys, q.device), read_side(values, q.device)
+    left, right = (read_side(side, q.device, _mapping(q.dtype)) for side in (keys, values))
     tokens = left.ends[-1]
     cuts = _cuts(left.ends, right.ends, _filling(q, left, right) if splits is None else splits)
     step = max(1, _SCRATCH // (len(cuts) * batch * heads * right.padded.width))
@@ -112,6 +112,11 @@ def attend(  # noqa: PLR0913
         block = q[:, :, start:stop]
         blocks.append(_attend(block, left, right, cuts, scoring, visible, tokens - count + stop))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _mapping(dtype: torch.dtype) -> torch.dtype:
+    """In what queries are folded and outputs decoded: fp32 queries have no digits to lose there."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 def _filling(q: Tensor, left: Side, right: Side) -> int:
@@ -154,9 +159,9 @@ def _attend(
 ) -> Tensor:
     """A block of queries [B, Hq, Q, d]; the last of them sees ``tokens`` tokens if causal."""
     batch, heads, count, _ = q.shape
-    grouped = q.reshape(batch, left.heads, -1, q.shape[-1]).float()
+    grouped = q.reshape(batch, left.heads, -1, q.shape[-1]).to(_mapping(q.dtype))
     rows = grouped.shape[2]
-    queries, scales, offsets = _fold(grouped, left, scoring, q.dtype)
+    queries, scales, offsets = _fold(grouped, left, scoring)
     lead = len(cuts), left.heads, batch, rows
     tops, sums = (torch.empty(lead, dtype=torch.float32, device=q.device) for _ in range(2))
     acc = torch.empty(*lead, right.padded.width, dtype=torch.float32, device=q.device)
@@ -200,30 +205,31 @@ def _attend(
     return out.permute(1, 3, 0, 2, 4).reshape(batch, count, heads, -1).to(q.dtype)
 
 
-def _fold(q: Tensor, side: Side, scoring: _Scoring, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _fold(q: Tensor, side: Side, scoring: _Scoring) -> tuple[Tensor, Tensor, Tensor]:
     """Query features [groups, B, H, rows, width], and scale and offset of scores [groups, B, H, rows].
 
     Everything that does not depend on the token is in the offset: centring, and the middle of the levels.
     """
     factor = scoring.scaling * scoring.unit
+    exact = q.dtype == torch.float64
     features: list[Tensor] = []
     scales: list[Tensor] = []
     offsets: list[Tensor] = []
     for group in side.groups:
-        scale = q.new_full(q.shape[:-1], factor)
+        scale = q.new_full(q.shape[:-1], 1.0 if exact else factor)
         if group.matrix is None or group.constant is None:
             folded = torch.nn.functional.pad(q, (0, side.padded.width - q.shape[-1]))
             offset = torch.zeros_like(scale)
         else:
             folded = q @ group.matrix.mT
             offset = (q @ group.constant.unsqueeze(-1)).squeeze(-1) * factor
-            if dtype != torch.float32:
+            if not exact:
                 largest = folded.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
                 folded, scale = folded / largest.unsqueeze(-1), scale * largest
-        features.append(folded)
+        features.append(folded * factor if exact else folded)
         scales.append(scale)
         offsets.append(offset)
-    return torch.stack(features), torch.stack(scales), torch.stack(offsets)
+    return torch.stack(features).float(), torch.stack(scales).float(), torch.stack(offsets).float()
 
 
 def _constants(dtype: torch.dtype, left: Side, right: Side) -> dict[str, object]:
@@ -334,7 +340,8 @@ def _decode(mixed: Tensor, mass: Tensor, right: Side) -> Tensor:
         if own.matrix is None or own.constant is None:
             part = features[..., : own.sizes[0][0]]
         else:
-            part = features @ own.matrix.unsqueeze(1) + weight.unsqueeze(-1) * own.constant[:, None, None]
+            part = features.to(own.matrix) @ own.matrix.unsqueeze(1)
+            part = part + weight.unsqueeze(-1) * own.constant[:, None, None]
         total = part if total is None else total + part
     assert total is not None
     return total
