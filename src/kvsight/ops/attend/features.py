@@ -31,7 +31,8 @@ class Kind(IntEnum):
     NORMED = 4
 
 
-_JOINED = (Kind.LEVELS, Kind.GROUPED, Kind.NORMED)
+# codes that are put together, or looked up
+JOINED = (Kind.LEVELS, Kind.GROUPED, Kind.NORMED)
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,48 @@ def kinds(coding: Coding) -> tuple[Kind, ...]:
 @lru_cache(maxsize=1024)
 def most_pieces(coding: Coding) -> int:
     """Pieces of the longest code that kernels put together; 0 where planes or plain numbers are read."""
-    joined = [entry[1] for kind, entry in zip(kinds(coding), coding.coded, strict=True) if kind in _JOINED]
+    joined = [entry[1] for kind, entry in zip(kinds(coding), coding.coded, strict=True) if kind in JOINED]
     owners = [[piece.owner for piece in pieces(_widths(form))] for form in joined]
     return max((own.count(owner) for own in owners for owner in set(own)), default=0)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Codes of one width, in groups of ``cell`` coordinates by ``span`` tokens that share parameters."""
+
+    width: int
+    cell: int
+    span: int
+
+
+def uniform(codings: Sequence[Coding | None], block: int, tokens: int) -> Uniform | None:
+    """What all codes that kernels put together have in common; None where they differ.
+
+    Kernels take rows of ``block`` coordinates, ``tokens`` at a time; parameters must follow these blocks.
+    """
+    known = [coding for coding in codings if coding is not None]
+    found = {
+        _uniform(entry[1], block, tokens)
+        for coding in known
+        for kind, entry in zip(kinds(coding), coding.coded, strict=True)
+        if kind in JOINED
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+@lru_cache(maxsize=1024)
+def _uniform(form: Format, block: int, tokens: int) -> Uniform | None:
+    widths = set(_widths(form))
+    if len(widths) != 1 or 0 in widths or form.dim % 16:
+        return None
+    cell, span = block, 1
+    if isinstance(form, Grouped):
+        size = form.group
+        cell, span = (size, 1) if form.along == "channel" else (1, size)
+        cell = block if cell >= form.dim else cell
+        if cell & (cell - 1) or (tokens % span and span % tokens):
+            return None
+    return Uniform(widths.pop(), cell, span)
 
 
 def _kind(form: Format, tables: tuple[Tensor, ...]) -> Kind:

@@ -10,8 +10,20 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Dense, Grouped
-from kvsight.ops.attend.features import Blocks, Coding, Kind, Reading, blocks, most_pieces, plain, reading
+from kvsight.ops.attend.features import (
+    Blocks,
+    Coding,
+    Kind,
+    Reading,
+    Uniform,
+    blocks,
+    most_pieces,
+    plain,
+    reading,
+    uniform,
+)
 from kvsight.ops.attend.ref import Segment, head_dim, kv_heads
+from kvsight.packing import cut
 
 # hints that are worth compiling for: the widest load, a word, a byte
 _ALIGNED = (16, 4, 1)
@@ -23,8 +35,9 @@ class Side:
 
     ``ends``: tokens up to the end of each segment. ``readings``: one for each segment; ``groups``: the
     distinct ones. ``sources``: the rows that kernels.py describes, segments first; ``held`` keeps alive
-    what they point to. ``stored``: the type of dense numbers. ``plane_align`` and ``dense_align`` divide
-    the addresses of planes and of dense numbers, in bytes.
+    what they point to. ``stored``: the type of dense numbers. ``plane_align``, ``code_align`` and
+    ``dense_align`` divide the addresses of planes, of other codes and of dense numbers, in bytes.
+    ``firsts``: the first token of each segment's storage. ``uniform``: how codes are read a row at a time.
     """
 
     heads: int
@@ -35,13 +48,21 @@ class Side:
     stored: torch.dtype
     pieces: int
     plane_align: int
+    code_align: int
     dense_align: int
+    firsts: tuple[int, ...]
+    uniform: Uniform | None
     sources: list[list[int]]
     held: list[Tensor]
 
 
-def read_side(segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> Side:
-    """Segments of one side, their linear maps in ``dtype``; empty ones are left out."""
+def read_side(
+    segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, tokens: int | None = None
+) -> Side:
+    """Segments of one side, their linear maps in ``dtype``; empty ones are left out.
+
+    Codes of one width are read so where kernels take ``tokens`` at a time.
+    """
     segments = [segment for segment in segments if segment.tokens]
     heads, dim = kv_heads(segments[0]), head_dim(segments[0])
     codings = [None if segment.dense is not None else Coding(segment.coded) for segment in segments]
@@ -51,6 +72,7 @@ def read_side(segments: Sequence[Segment], device: torch.device, dtype: torch.dt
     groups = list(dict.fromkeys(found))
     ends = tuple(accumulate(segment.tokens for segment in segments))
     stored = _dense_type(segments)
+    same = None if tokens is None else uniform(codings, padded.dim, tokens)
     sources: list[list[int]] = []
     held: list[Tensor] = []
     for segment, own, end in zip(segments, found, ends, strict=True):
@@ -69,7 +91,10 @@ def read_side(segments: Sequence[Segment], device: torch.device, dtype: torch.dt
         stored,
         max((most_pieces(coding) for coding in codings if coding is not None), default=0),
         _aligned(_plane_align(source) for source in sources),
+        _aligned(_code_align(source, same) for source in sources),
         _aligned(_dense_align(source, stored.itemsize) for source in sources),
+        tuple(end - segment.tokens - segment.skip for segment, end in zip(segments, ends, strict=True)),
+        same,
         sources,
         held,
     )
@@ -121,6 +146,17 @@ def _aligned(divisors: Iterable[int]) -> int:
 def _plane_align(source: list[int]) -> int:
     start, batch, row, nibbles, crumbs = *source[3:6], *source[13:15]
     return math.gcd(start, batch, row, nibbles, crumbs) if source[0] == Kind.PLANES else 0
+
+
+def _code_align(source: list[int], same: Uniform | None) -> int:
+    """Every class of pieces begins at a multiple of this."""
+    if same is None or source[0] in (Kind.DENSE, Kind.PLANES):
+        return 0
+    at, starts = 0, [0]
+    for size, low in cut(same.width):
+        at += source[13] * size // 8
+        starts += [at] * (low > 0)
+    return math.gcd(*source[3:6], *starts)
 
 
 def _dense_align(source: list[int], size: int) -> int:
