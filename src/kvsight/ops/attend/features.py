@@ -5,7 +5,7 @@ over tokens sees features only. README.md has the picture.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 
@@ -143,11 +143,15 @@ def most_pieces(coding: Coding) -> int:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Codes of one width, in groups of ``cell`` coordinates by ``span`` tokens that share parameters."""
+    """Codes of one width, in groups of ``cell`` coordinates by ``span`` tokens that share parameters.
+
+    ``book``: whether levels are looked up for whole bytes.
+    """
 
     width: int
     cell: int
     span: int
+    book: bool = False
 
 
 def uniform(codings: Sequence[Coding | None], block: int, tokens: int) -> Uniform | None:
@@ -155,14 +159,39 @@ def uniform(codings: Sequence[Coding | None], block: int, tokens: int) -> Unifor
 
     Kernels take rows of ``block`` coordinates, ``tokens`` at a time; parameters must follow these blocks.
     """
-    known = [coding for coding in codings if coding is not None]
-    found = {
-        _uniform(entry[1], block, tokens)
-        for coding in known
-        for kind, entry in zip(kinds(coding), coding.coded, strict=True)
+    joined = [
+        (entry[1], book)
+        for coding in codings
+        if coding is not None
+        for kind, entry, book in zip(kinds(coding), coding.coded, books(coding), strict=True)
         if kind in JOINED
-    }
-    return found.pop() if len(found) == 1 else None
+    ]
+    found = {_uniform(form, block, tokens) for form, _ in joined}
+    same = found.pop() if len(found) == 1 else None
+    return same and replace(same, book=all(book is not None for _, book in joined))
+
+
+@lru_cache(maxsize=1024)
+def books(coding: Coding) -> tuple[Tensor | None, ...]:
+    """Of each group of heads: the fp16 levels [256, 8 / width] of all codes in a byte.
+
+    None where codes are not 2 or 4 bits wide, or coordinates have levels of their own.
+    """
+    return tuple(_book(form, tables) for _, form, tables, _ in coding.coded)
+
+
+def _book(form: Format, tables: tuple[Tensor, ...]) -> Tensor | None:
+    widths = set(_widths(form))
+    if not isinstance(form, Row) or widths not in ({2}, {4}):
+        return None
+    (width,) = widths
+    levels, starts = tables
+    first = int(starts.min())
+    if first != int(starts.max()):
+        return None
+    slots = torch.arange(0, 8, width, device=levels.device)
+    codes = (torch.arange(256, device=levels.device).unsqueeze(-1) >> slots) & (2**width - 1)
+    return levels[first + codes].half()
 
 
 @lru_cache(maxsize=1024)

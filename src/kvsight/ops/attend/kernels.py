@@ -8,7 +8,7 @@ A source is 18 int64 numbers, one row for each segment and KV head:
  0 kind, 1 query group, 2 first token, 3 data pointer, 4 batch stride, 5 row stride,
  6 norm or scale pointer, 7 batch stride, 8 row stride, 9 zero pointer, 10 batch stride, 11 row stride,
  12 tokens per parameter row, 13 nibble bytes (planes) or coordinates, 14 crumb bytes, 15 bit bytes,
- 16 pointer to the piece table, 17 pointer to the levels.
+ 16 pointer to the piece table, 17 pointer to the levels, or to those of every byte.
 """
 
 import struct
@@ -258,6 +258,34 @@ def _half_codes(rows, live, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _upper(words, AT: tl.constexpr):
+    """Bits AT to AT + 16 as fp16."""
+    return (words >> AT).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _looked_up(source, octets, WIDTH: tl.constexpr):
+    """Levels of all codes of a byte at once, in fp16: [N, B] to [N, B · 8 / WIDTH]."""
+    if WIDTH == 4:
+        book = tl.load(source + 17).to(tl.pointer_type(tl.uint32))
+        pairs = tl.load(book + octets.to(tl.int32))
+        out = tl.join(_upper(pairs, 0), _upper(pairs, 16))
+    else:
+        book = tl.load(source + 17).to(tl.pointer_type(tl.uint64))
+        fours = tl.load(book + octets.to(tl.int32))
+        even = tl.join(_upper(fours, 0), _upper(fours, 32))
+        out = tl.join(even, tl.join(_upper(fours, 16), _upper(fours, 48)))
+    return tl.reshape(out, [octets.shape[0], octets.shape[1] * (8 // WIDTH)])
+
+
+@triton.jit
+def _norms(source, batch, token, live):
+    """What each token's levels are multiplied by, [N]."""
+    rows = _address(source, 6, batch, tl.float16, 1) + (token - tl.load(source + 2)) * tl.load(source + 8)
+    return tl.load(rows, mask=live, other=0.0)
+
+
+@triton.jit
 def _uniform(
     source,
     batch,
@@ -268,11 +296,12 @@ def _uniform(
     WIDTH: tl.constexpr,
     CELL: tl.constexpr,
     SPAN: tl.constexpr,
+    BOOK: tl.constexpr,
     ALIGN: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As ``_coordinates`` of the tokens from ``start`` on, where all codes have one width.
+    """As ``_coordinates`` of the tokens from ``start`` on, where all codes have one width; without norms.
 
     A group is CELL coordinates of SPAN tokens, and the first token is at a multiple of SPAN or of N.
     """
@@ -301,6 +330,8 @@ def _uniform(
         # all three are exact in fp16, so that one rounding is left there
         cells = tl.fma(cells, scale[:, None, :, None], zero[:, None, :, None])
         x = tl.reshape(cells, [N, BLOCK])
+    elif BOOK:
+        x = _looked_up(source, _bytes(rows, live, 0, count * WIDTH // 8, BLOCK * WIDTH // 8), WIDTH)
     else:
         code = _codes(rows, live, count, WIDTH, BLOCK)
         columns = tl.arange(0, BLOCK)
@@ -308,9 +339,6 @@ def _uniform(
         levels = tl.load(source + 17).to(tl.pointer_type(tl.float32))
         # codes are zero where there are none, and no weight falls on what is found for them
         x = tl.load(levels + first[None, :] + code)
-        if KIND == 4:
-            norm = tl.load(scales + row * tl.load(source + 8), mask=live, other=0.0)
-            x = x * norm.to(tl.float32)[:, None]
     return x
 
 
@@ -375,6 +403,8 @@ def _work(
     CELL_V: tl.constexpr,
     SPAN_K: tl.constexpr,
     SPAN_V: tl.constexpr,
+    BOOK_K: tl.constexpr,
+    BOOK_V: tl.constexpr,
     CODE_ALIGN_K: tl.constexpr,
     CODE_ALIGN_V: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -501,7 +531,19 @@ def _work(
             s = _dot(qd, x.to(DENSE_K), "ieee")
         elif WIDTH_K:
             x = _uniform(
-                source_k, batch, start, hi, live, KEYS, WIDTH_K, CELL_K, SPAN_K, CODE_ALIGN_K, CELLS, DIM_K
+                source_k,
+                batch,
+                start,
+                hi,
+                live,
+                KEYS,
+                WIDTH_K,
+                CELL_K,
+                SPAN_K,
+                BOOK_K,
+                CODE_ALIGN_K,
+                CELLS,
+                DIM_K,
             )
             near = x.to(CODES)
             high = qd.to(CODES)
@@ -510,6 +552,8 @@ def _work(
                 s = tl.dot((qd - high.to(tl.float32)).to(CODES), tl.trans(near), s)
             if FINE:
                 s = tl.dot(high, tl.trans((x - near.to(tl.float32)).to(CODES)), s)
+            if KEYS == 4:
+                s = s * _norms(source_k, batch, token, live).to(tl.float32)[None, :]
         else:
             x = _coordinates(source_k, batch, token, live, KEYS, DIM_K, PIECES_K)
             s = _dot(qd, x, PRECISION)
@@ -578,10 +622,13 @@ def _work(
                 WIDTH_V,
                 CELL_V,
                 SPAN_V,
+                BOOK_V,
                 CODE_ALIGN_V,
                 CELLS,
                 DIM_V,
             )
+            if VALUES == 4:
+                x = x * _norms(source_v, batch, token, live).to(x.dtype)[:, None]
             near = x.to(CODES)
             ad = tl.dot(p.to(CODES), near, ad * decay[:, None])
             if FINE:
@@ -660,6 +707,8 @@ def attend_splits(
     CELL_V: tl.constexpr,
     SPAN_K: tl.constexpr,
     SPAN_V: tl.constexpr,
+    BOOK_K: tl.constexpr,
+    BOOK_V: tl.constexpr,
     CODE_ALIGN_K: tl.constexpr,
     CODE_ALIGN_V: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -742,6 +791,8 @@ def attend_splits(
                 CELL_V,
                 SPAN_K,
                 SPAN_V,
+                BOOK_K,
+                BOOK_V,
                 CODE_ALIGN_K,
                 CODE_ALIGN_V,
                 FOLDED,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
 
@@ -17,6 +17,7 @@ from kvsight.ops.attend.features import (
     Reading,
     Uniform,
     blocks,
+    books,
     most_pieces,
     plain,
     reading,
@@ -57,11 +58,16 @@ class Side:
 
 
 def read_side(
-    segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, tokens: int | None = None
+    segments: Sequence[Segment],
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int | None = None,
+    exact: bool = True,
 ) -> Side:
     """Segments of one side, their linear maps in ``dtype``; empty ones are left out.
 
-    Codes of one width are read so where kernels take ``tokens`` at a time.
+    Codes of one width are read so where kernels take ``tokens`` at a time; levels are as they are stored
+    if ``exact``, else in fp16 where that is faster.
     """
     segments = [segment for segment in segments if segment.tokens]
     heads, dim = kv_heads(segments[0]), head_dim(segments[0])
@@ -73,11 +79,13 @@ def read_side(
     ends = tuple(accumulate(segment.tokens for segment in segments))
     stored = _dense_type(segments)
     same = None if tokens is None else uniform(codings, padded.dim, tokens)
+    same = replace(same, book=False) if same is not None and exact else same
     sources: list[list[int]] = []
     held: list[Tensor] = []
+    bytewise = same is not None and same.book
     for segment, own, end in zip(segments, found, ends, strict=True):
         start = [groups.index(own), end - segment.tokens - segment.skip]
-        of_head = dict(_places(segment, stored, held))
+        of_head = dict(_places(segment, stored, held, bytewise))
         for head, (kind, sizes) in enumerate(zip(own.kinds, own.sizes, strict=True)):
             table = 0 if own.tables is None else own.tables[head].data_ptr()
             *place, levels = of_head[head]
@@ -100,19 +108,23 @@ def read_side(
     )
 
 
-def _places(segment: Segment, stored: torch.dtype, held: list[Tensor]) -> Iterator[tuple[int, list[int]]]:
-    """Fields 3 to 12, and 17, of every head."""
+def _places(
+    segment: Segment, stored: torch.dtype, held: list[Tensor], bytewise: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Fields 3 to 12, and 17, of every head; ``bytewise`` where levels are looked up for whole bytes."""
     if segment.dense is not None:
         dense = _kept(segment.dense.to(stored), held)
         for head in range(dense.shape[1]):
             yield head, [*_place(dense, head), *(0,) * 6, 1, 0]
-    for coded in segment.coded:
+    found = books(Coding(segment.coded))
+    for coded, book in zip(segment.coded, found, strict=True):
         form, tensors = coded.packed.format, coded.packed.tensors
         if isinstance(form, Dense):
             tensors = (tensors[0].to(stored),)
         tensors = tuple(_kept(tensor, held) for tensor in tensors)
         every = form.group if isinstance(form, Grouped) and form.along == "token" else 1
-        levels = coded.tables[0].data_ptr() if coded.tables else 0
+        tables = (book,) if bytewise and book is not None else coded.tables
+        levels = tables[0].data_ptr() if tables else 0
         for i, head in enumerate(coded.heads):
             fields = [number for tensor in tensors for number in _place(tensor, i)]
             yield head, [*fields, *(0,) * (9 - len(fields)), every, levels]

@@ -119,7 +119,8 @@ def prepare(
 ) -> Prepared:
     """All that does not depend on what is in ``q``: the host's work, and one copy to the device."""
     block = None if q.dtype == torch.float32 else _BLOCK_N
-    left, right = (read_side(side, q.device, _mapping(q.dtype), block) for side in (keys, values))
+    exact = q.dtype != torch.bfloat16
+    left, right = (read_side(side, q.device, _mapping(q.dtype), block, exact) for side in (keys, values))
     cuts = _cuts(left.ends, right.ends, _filling(q, left, right) if splits is None else splits)
     begins = [_begins(cut, left, right) for cut in cuts]
     if None in begins:
@@ -234,8 +235,9 @@ def _attend(q: Tensor, prepared: Prepared, scoring: Scoring, mask: Tensor | None
     visible = mask if mask is not None else table
     block = _block_m(rows, left, right)
     light = q.dtype != torch.float32 and not any(s.pieces and s.uniform is None for s in (left, right))
-    # levels that are looked up are worth neither registers nor space for those to come
-    streams = light and not any(_looks_up(side) for side in (left, right))
+    looked_up = [side for side in (left, right) if _looks_up(side)]
+    # the addresses of single levels take the registers of two programs
+    few = light and all(side.uniform is not None and side.uniform.book for side in looked_up)
     grid = (len(cuts) * left.heads, triton.cdiv(rows, block), batch)
     with torch.cuda.device_of(q):
         kernels.attend_splits[grid](
@@ -261,8 +263,9 @@ def _attend(q: Tensor, prepared: Prepared, scoring: Scoring, mask: Tensor | None
             SOFTCAP=scoring.softcap is not None,
             BLOCK_M=block,
             BLOCK_N=_BLOCK_N if light else _BLOCK_N // 2,
-            num_warps=4 if streams and block * right.padded.width <= _REGISTERS // 4 else 8,
-            num_stages=3 if streams else 1,
+            num_warps=4 if few and block * right.padded.width <= _REGISTERS // 4 else 8,
+            # fetching what is looked up ahead takes space, and waits for codes all the same
+            num_stages=3 if light and not looked_up else 1,
         )
         mixed, mass = _merge(tops, sums, acc, table[at[3] :], count, right, scoring.sink_logits)
     out = _decode(mixed, mass, right)
@@ -344,6 +347,7 @@ def _uniform(name: str, side: Side) -> dict[str, int]:
         f"WIDTH_{name}": found.width,
         f"CELL_{name}": found.cell,
         f"SPAN_{name}": found.span,
+        f"BOOK_{name}": found.book,
         f"CODE_ALIGN_{name}": side.code_align,
     }
 
