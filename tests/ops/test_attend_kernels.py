@@ -400,6 +400,26 @@ def test_decoding_on_a_gpu_chooses_the_kernels_where_they_read_the_codes():
     assert dispatch.choose(q[:, :, :1], [coded([turning], k)], values) == "ref"
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs")
+def test_a_graph_holds_a_launch():
+    from kvsight.ops.attend.triton import Scoring, launch, prepare
+
+    k, v = history(96, dim=32)
+    codec = of_one_width("columns", 4)
+    keys, values = ([coded([codec], x[:, :, :64]), dense(x[:, :, 64:], torch.bfloat16)] for x in (k, v))
+    q = draw(1, 2, 1, 32).to(DEVICE, torch.bfloat16)
+    prepared, scoring = prepare(q, keys, values), Scoring(0.3, None, None, causal=False)
+    expected = launch(prepared, 2 * q, scoring)
+    launch(prepared, q, scoring)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = launch(prepared, q, scoring)
+        assert dispatch.choose(q, keys, values) == "ref"
+    q.mul_(2)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
 def test_segments_survive_flattening():
     keys, values = mixed()
     keys.append(coded([CODECS["half"], CODECS["levels"]], draw(1, 2, 3, DIM)))
