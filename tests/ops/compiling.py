@@ -69,6 +69,10 @@ if __name__ == "__main__":
     attend.attend(q, [planes], [planes], scaling=0.3)
     attend.attend(q, [groups], [norm], scaling=0.3, mask=mask, softcap=2.0, sink_logits=sinks)
     attend.attend(q, [half], [half], scaling=0.3)
+    # 7 bits have pieces of every size
+    y = cases.draw(1, 1, 64, 32)
+    codes = cases.coded([cases.of_one_width("columns", 7)], y)
+    attend.attend(y[:, :, :2].bfloat16(), [codes], [codes], scaling=0.3)
     for kind in ("planes", "norm"):
         codec = cases.CODECS[kind]
         transform, rule = codec.transform, codec.quantizer.rounding

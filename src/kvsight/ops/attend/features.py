@@ -5,7 +5,7 @@ over tokens sees features only. README.md has the picture.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 
@@ -31,7 +31,8 @@ class Kind(IntEnum):
     NORMED = 4
 
 
-_JOINED = (Kind.LEVELS, Kind.GROUPED, Kind.NORMED)
+# codes that are put together, or looked up
+JOINED = (Kind.LEVELS, Kind.GROUPED, Kind.NORMED)
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,77 @@ def kinds(coding: Coding) -> tuple[Kind, ...]:
 @lru_cache(maxsize=1024)
 def most_pieces(coding: Coding) -> int:
     """Pieces of the longest code that kernels put together; 0 where planes or plain numbers are read."""
-    joined = [entry[1] for kind, entry in zip(kinds(coding), coding.coded, strict=True) if kind in _JOINED]
+    joined = [entry[1] for kind, entry in zip(kinds(coding), coding.coded, strict=True) if kind in JOINED]
     owners = [[piece.owner for piece in pieces(_widths(form))] for form in joined]
     return max((own.count(owner) for own in owners for owner in set(own)), default=0)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Codes of one width, in groups of ``cell`` coordinates by ``span`` tokens that share parameters.
+
+    ``book``: whether levels are looked up for whole bytes.
+    """
+
+    width: int
+    cell: int
+    span: int
+    book: bool = False
+
+
+def uniform(codings: Sequence[Coding | None], block: int, tokens: int) -> Uniform | None:
+    """What all codes that kernels put together have in common; None where they differ.
+
+    Kernels take rows of ``block`` coordinates, ``tokens`` at a time; parameters must follow these blocks.
+    """
+    joined = [
+        (entry[1], book)
+        for coding in codings
+        if coding is not None
+        for kind, entry, book in zip(kinds(coding), coding.coded, books(coding), strict=True)
+        if kind in JOINED
+    ]
+    found = {_uniform(form, block, tokens) for form, _ in joined}
+    same = found.pop() if len(found) == 1 else None
+    return same and replace(same, book=all(book is not None for _, book in joined))
+
+
+@lru_cache(maxsize=1024)
+def books(coding: Coding) -> tuple[Tensor | None, ...]:
+    """Of each group of heads: the fp16 levels [256, 8 / width] of all codes in a byte.
+
+    None where codes are not 2 or 4 bits wide, or coordinates have levels of their own.
+    """
+    return tuple(_book(form, tables) for _, form, tables, _ in coding.coded)
+
+
+def _book(form: Format, tables: tuple[Tensor, ...]) -> Tensor | None:
+    widths = set(_widths(form))
+    if not isinstance(form, Row) or widths not in ({2}, {4}):
+        return None
+    (width,) = widths
+    levels, starts = tables
+    first = int(starts.min())
+    if first != int(starts.max()):
+        return None
+    slots = torch.arange(0, 8, width, device=levels.device)
+    codes = (torch.arange(256, device=levels.device).unsqueeze(-1) >> slots) & (2**width - 1)
+    return levels[first + codes].half()
+
+
+@lru_cache(maxsize=1024)
+def _uniform(form: Format, block: int, tokens: int) -> Uniform | None:
+    widths = set(_widths(form))
+    if len(widths) != 1 or 0 in widths or form.dim % 16:
+        return None
+    cell, span = block, 1
+    if isinstance(form, Grouped):
+        size = form.group
+        cell, span = (size, 1) if form.along == "channel" else (1, size)
+        cell = block if cell >= form.dim else cell
+        if cell & (cell - 1) or (tokens % span and span % tokens):
+            return None
+    return Uniform(widths.pop(), cell, span)
 
 
 def _kind(form: Format, tables: tuple[Tensor, ...]) -> Kind:
@@ -204,7 +273,7 @@ class Reading:
     """How the heads of a segment are read.
 
     ``kinds`` and ``sizes`` (bytes of each class, or stored coordinates) by head; ``matrix`` [H, width, d]
-    and ``constant`` [H, d] in fp32 decode features, None for the identity and for zero; ``tables``
+    and ``constant`` [H, d] decode features, None for the identity and for zero; ``tables``
     [H, 13, dim] int32 are piece tables, then where a coordinate's levels start or its parameter column.
     """
 
@@ -222,8 +291,8 @@ def plain(heads: int, dim: int) -> Reading:
 
 # two for each layer of the largest models
 @lru_cache(maxsize=512)
-def reading(coding: Coding, padded: Blocks, dim: int, device: torch.device) -> Reading:
-    """Of a coded segment; every head's features start at 0 of ``padded.width`` columns."""
+def reading(coding: Coding, padded: Blocks, dim: int, device: torch.device, dtype: torch.dtype) -> Reading:
+    """Of a coded segment, its maps in ``dtype``; features start at 0 of ``padded.width`` columns."""
     of_head: dict[int, tuple[Kind, tuple[int, int, int], Tensor, Tensor, Tensor]] = {}
     for kind, entry in zip(kinds(coding), coding.coded, strict=True):
         heads, form, tables, _ = entry
@@ -236,7 +305,7 @@ def reading(coding: Coding, padded: Blocks, dim: int, device: torch.device) -> R
     matrix, constant, table = (torch.stack(column).to(device) for column in columns[2:])
     if all(_is_plain(kind, entry) for kind, entry in zip(kinds(coding), coding.coded, strict=True)):
         return Reading(columns[0], columns[1], tables=table)
-    return Reading(columns[0], columns[1], matrix.float(), constant.float(), table)
+    return Reading(columns[0], columns[1], matrix.to(dtype), constant.to(dtype), table)
 
 
 def _is_plain(kind: Kind, entry: _Entry) -> bool:

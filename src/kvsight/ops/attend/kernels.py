@@ -8,8 +8,10 @@ A source is 18 int64 numbers, one row for each segment and KV head:
  0 kind, 1 query group, 2 first token, 3 data pointer, 4 batch stride, 5 row stride,
  6 norm or scale pointer, 7 batch stride, 8 row stride, 9 zero pointer, 10 batch stride, 11 row stride,
  12 tokens per parameter row, 13 nibble bytes (planes) or coordinates, 14 crumb bytes, 15 bit bytes,
- 16 pointer to the piece table, 17 pointer to the levels.
+ 16 pointer to the piece table, 17 pointer to the levels, or to those of every byte.
 """
+
+import struct
 
 import triton
 import triton.language as tl
@@ -30,20 +32,45 @@ def _plane(octets, MASK: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a bᵀ of a [M, K], b [N, K]; fp32 is summed in pieces of 16: one long sum errs twice as much."""
+    if tl.float32 == a.dtype and PRECISION == "ieee" and a.shape[1] > 16:
+        COUNT: tl.constexpr = a.shape[1] // 16
+        left = tl.permute(tl.reshape(a, [a.shape[0], COUNT, 16]), [1, 0, 2])
+        right = tl.permute(tl.reshape(b, [b.shape[0], COUNT, 16]), [1, 2, 0])
+        out = tl.sum(tl.dot(left, right, input_precision=PRECISION), axis=0)
+    else:
+        out = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def _add(acc, decay, p, x, PRECISION: tl.constexpr):
+    """acc · decay + p x of p [M, N], x [N, K]; in fp32 a block of tokens is summed before it is added."""
+    if tl.float32 == p.dtype and PRECISION == "ieee":
+        out = acc * decay[:, None] + _dot(p, tl.trans(x), PRECISION)
+    else:
+        out = tl.dot(p, x, acc * decay[:, None], input_precision=PRECISION)
+    return out
+
+
+@triton.jit
 def _score(s, q, octets, MASK: tl.constexpr, DTYPE: tl.constexpr):
     """s + q · planeᵀ; in half precision the query is split in two, since folding gave it more digits."""
-    plane = tl.trans(_plane(octets, MASK, DTYPE))
-    high = q.to(DTYPE)
-    s = tl.dot(high, plane, s, input_precision="ieee")
+    plane = _plane(octets, MASK, DTYPE)
     if tl.float16 == DTYPE:
-        s = tl.dot((q - high.to(tl.float32)).to(DTYPE), plane, s)
+        high = q.to(DTYPE)
+        s = tl.dot(high, tl.trans(plane), s)
+        s = tl.dot((q - high.to(tl.float32)).to(DTYPE), tl.trans(plane), s)
+    else:
+        s += _dot(q, plane, "ieee")
     return s
 
 
 @triton.jit
-def _mix(acc, p, octets, MASK: tl.constexpr):
-    """acc + p · plane."""
-    return tl.dot(p, _plane(octets, MASK, p.dtype), acc, input_precision="ieee")
+def _mix(acc, decay, p, octets, MASK: tl.constexpr):
+    """acc · decay + p · plane."""
+    return _add(acc, decay, p, _plane(octets, MASK, p.dtype), "ieee")
 
 
 @triton.jit
@@ -112,6 +139,210 @@ def _coordinates(
 
 
 @triton.jit
+def _spread(octets, SIZE: tl.constexpr):
+    """The pieces of SIZE bits in bytes [N, B], in order: [N, B · 8 / SIZE]."""
+    if SIZE == 4:
+        out = tl.join(octets & 15, octets >> 4)
+    elif SIZE == 2:
+        even = tl.join(octets & 3, (octets >> 4) & 3)
+        out = tl.join(even, tl.join((octets >> 2) & 3, octets >> 6))
+    else:
+        even = tl.join(
+            tl.join(octets & 1, (octets >> 4) & 1), tl.join((octets >> 2) & 1, (octets >> 6) & 1)
+        )
+        odd = tl.join(
+            tl.join((octets >> 1) & 1, (octets >> 5) & 1), tl.join((octets >> 3) & 1, octets >> 7)
+        )
+        out = tl.join(even, odd)
+    return tl.reshape(out, [octets.shape[0], octets.shape[1] * (8 // SIZE)])
+
+
+@triton.jit
+def _codes(rows, live, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """uint8 codes [N, BLOCK] of rows whose ``count`` codes have WIDTH bits each, zero elsewhere."""
+    code = tl.zeros([rows.shape[0], BLOCK], dtype=tl.uint8)
+    start = 0
+    if WIDTH >= 4:
+        code = _spread(_bytes(rows, live, start, count // 2, BLOCK // 2), 4)
+        start += count // 2
+    if WIDTH == 8:
+        code = (code << 4) | _spread(_bytes(rows, live, start, count // 2, BLOCK // 2), 4)
+    if WIDTH & 2:
+        code = (code << 2) | _spread(_bytes(rows, live, start, count // 4, BLOCK // 4), 2)
+        start += count // 4
+    if WIDTH & 1:
+        code = (code << 1) | _spread(_bytes(rows, live, start, count // 8, BLOCK // 8), 1)
+    return code
+
+
+def _widening(size):
+    """PTX from four bytes to the pieces of ``size`` bits in them as fp16, a slot of all four at a time.
+
+    A piece put into the last bits of 1024 is 1024 + piece · 2^shift; conversions would take longer.
+    """
+    slots = 8 // size
+    lines = [".reg .b32 t, a, b, unit, lift;"]
+    for slot in range(slots):
+        mask = (((1 << size) - 1) << slot * size) * 0x01010101
+        unit, lift = (_pair(x * 0.5 ** (slot * size)) for x in (1, -1024))
+        lines += [
+            f"mov.b32 unit, {unit}; mov.b32 lift, {lift};",
+            f"and.b32 t, ${2 * slots}, {mask};",
+            "prmt.b32 a, t, 0x64646464, 0x4140;",
+            "prmt.b32 b, t, 0x64646464, 0x4342;",
+            f"fma.rn.f16x2 ${2 * slot}, a, unit, lift;",
+            f"fma.rn.f16x2 ${2 * slot + 1}, b, unit, lift;",
+        ]
+    return "{" + " ".join(lines) + "}"
+
+
+def _pair(x):
+    """The bits of a number in both halves of a register, as PTX writes it."""
+    return hex(int.from_bytes(2 * struct.pack("<e", x), "little"))
+
+
+_NIBBLES = tl.constexpr(_widening(4))
+_CRUMBS = tl.constexpr(_widening(2))
+_BITS = tl.constexpr(_widening(1))
+_FOUR, _EIGHT, _SIXTEEN = (tl.constexpr(count * "=&r," + "r") for count in (4, 8, 16))
+
+
+@triton.jit
+def _halves(octets, SIZE: tl.constexpr):
+    """As ``_spread``, in fp16."""
+    if SIZE == 4:
+        a, b = tl.inline_asm_elementwise(
+            _NIBBLES, _FOUR, [octets], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+        out = tl.join(a, b)
+    elif SIZE == 2:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _CRUMBS,
+            _EIGHT,
+            [octets],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+        out = tl.join(tl.join(a, c), tl.join(b, d))
+    else:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            _BITS,
+            _SIXTEEN,
+            [octets],
+            dtype=(tl.float16,) * 8,
+            is_pure=True,
+            pack=4,
+        )
+        even = tl.join(tl.join(a, e), tl.join(c, g))
+        out = tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.reshape(out, [octets.shape[0], octets.shape[1] * (8 // SIZE)])
+
+
+@triton.jit
+def _half_codes(rows, live, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """As ``_codes`` in fp16, which holds them exactly."""
+    code = tl.zeros([rows.shape[0], BLOCK], dtype=tl.float16)
+    start = 0
+    if WIDTH >= 4:
+        code = _halves(_bytes(rows, live, start, count // 2, BLOCK // 2), 4)
+        start += count // 2
+    if WIDTH == 8:
+        code = code * 16 + _halves(_bytes(rows, live, start, count // 2, BLOCK // 2), 4)
+    if WIDTH & 2:
+        code = code * 4 + _halves(_bytes(rows, live, start, count // 4, BLOCK // 4), 2)
+        start += count // 4
+    if WIDTH & 1:
+        code = code * 2 + _halves(_bytes(rows, live, start, count // 8, BLOCK // 8), 1)
+    return code
+
+
+@triton.jit
+def _upper(words, AT: tl.constexpr):
+    """Bits AT to AT + 16 as fp16."""
+    return (words >> AT).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _looked_up(source, octets, WIDTH: tl.constexpr):
+    """Levels of all codes of a byte at once, in fp16: [N, B] to [N, B · 8 / WIDTH]."""
+    if WIDTH == 4:
+        book = tl.load(source + 17).to(tl.pointer_type(tl.uint32))
+        pairs = tl.load(book + octets.to(tl.int32))
+        out = tl.join(_upper(pairs, 0), _upper(pairs, 16))
+    else:
+        book = tl.load(source + 17).to(tl.pointer_type(tl.uint64))
+        fours = tl.load(book + octets.to(tl.int32))
+        even = tl.join(_upper(fours, 0), _upper(fours, 32))
+        out = tl.join(even, tl.join(_upper(fours, 16), _upper(fours, 48)))
+    return tl.reshape(out, [octets.shape[0], octets.shape[1] * (8 // WIDTH)])
+
+
+@triton.jit
+def _norms(source, batch, token, live):
+    """What each token's levels are multiplied by, [N]."""
+    rows = _address(source, 6, batch, tl.float16, 1) + (token - tl.load(source + 2)) * tl.load(source + 8)
+    return tl.load(rows, mask=live, other=0.0)
+
+
+@triton.jit
+def _uniform(
+    source,
+    batch,
+    start,
+    hi,
+    live,
+    KIND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CELL: tl.constexpr,
+    SPAN: tl.constexpr,
+    BOOK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As ``_coordinates`` of the tokens from ``start`` on, where all codes have one width; without norms.
+
+    A group is CELL coordinates of SPAN tokens, and the first token is at a multiple of SPAN or of N.
+    """
+    N: tl.constexpr = live.shape[0]
+    above = start - tl.load(source + 2)
+    row = above + tl.arange(0, N)
+    count = tl.multiple_of(tl.load(source + 13), 16)
+    rows = _address(source, 3, batch, tl.uint8, ALIGN) + row * tl.multiple_of(tl.load(source + 5), ALIGN)
+    scales = _address(source, 6, batch, tl.float16, 1)
+    if KIND == 3:
+        zeros = _address(source, 9, batch, tl.float16, 1)
+        if tl.float16 == DTYPE:
+            code = _half_codes(rows, live, count, WIDTH, BLOCK)
+        else:
+            code = _codes(rows, live, count, WIDTH, BLOCK).to(DTYPE)
+        LINES: tl.constexpr = N if SPAN == 1 else (N // SPAN if SPAN < N else 1)
+        GROUPS: tl.constexpr = BLOCK // CELL
+        line = above // SPAN + tl.arange(0, LINES)
+        group = tl.arange(0, GROUPS)
+        given = (line * SPAN < hi - start + above)[:, None] & (group * CELL < count)[None, :]
+        at = line[:, None] * tl.load(source + 8) + group[None, :]
+        scale = tl.load(scales + at, mask=given, other=0.0).to(DTYPE)
+        at = line[:, None] * tl.load(source + 11) + group[None, :]
+        zero = tl.load(zeros + at, mask=given, other=0.0).to(DTYPE)
+        cells = tl.reshape(code, [LINES, N // LINES, GROUPS, CELL])
+        # all three are exact in fp16, so that one rounding is left there
+        cells = tl.fma(cells, scale[:, None, :, None], zero[:, None, :, None])
+        x = tl.reshape(cells, [N, BLOCK])
+    elif BOOK:
+        x = _looked_up(source, _bytes(rows, live, 0, count * WIDTH // 8, BLOCK * WIDTH // 8), WIDTH)
+    else:
+        code = _codes(rows, live, count, WIDTH, BLOCK)
+        columns = tl.arange(0, BLOCK)
+        first = tl.load(tl.load(source + 16).to(tl.pointer_type(tl.int32)) + 12 * BLOCK + columns)
+        levels = tl.load(source + 17).to(tl.pointer_type(tl.float32))
+        # codes are zero where there are none, and no weight falls on what is found for them
+        x = tl.load(levels + first[None, :] + code)
+    return x
+
+
+@triton.jit
 def _tanh(x):
     # near zero 1 - exp(-2x) cancels; there the series is exact to fp32
     y = tl.exp2(-2.8853900817779268 * tl.abs(x))
@@ -132,6 +363,7 @@ def _tanh(x):
 def _work(
     source_k,
     source_v,
+    begin,
     lo,
     hi,
     part,
@@ -165,6 +397,19 @@ def _work(
     DIM_V: tl.constexpr,
     PIECES_K: tl.constexpr,
     PIECES_V: tl.constexpr,
+    WIDTH_K: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    CELL_K: tl.constexpr,
+    CELL_V: tl.constexpr,
+    SPAN_K: tl.constexpr,
+    SPAN_V: tl.constexpr,
+    BOOK_K: tl.constexpr,
+    BOOK_V: tl.constexpr,
+    CODE_ALIGN_K: tl.constexpr,
+    CODE_ALIGN_V: tl.constexpr,
+    FOLDED: tl.constexpr,
+    FINE: tl.constexpr,
+    CELLS: tl.constexpr,
     ALIGN_K: tl.constexpr,
     ALIGN_V: tl.constexpr,
     DENSE_ALIGN_K: tl.constexpr,
@@ -255,9 +500,9 @@ def _work(
         stop = tl.minimum(hi, tl.max(tl.where(inside, limit, 0), axis=0) + 1)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for start in range(lo, stop, BLOCK_N):
+    for start in range(begin, stop, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
-        live = token < hi
+        live = (token >= lo) & (token < hi)
         if KEYS == 1:
             keys = start_k + (token - tl.load(source_k + 2)) * stride_k
             s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -283,10 +528,35 @@ def _work(
                 s = _score(s, qb7, octets, 128, CODES)
         elif KEYS == 0:
             x = _dense(source_k, batch, token, live, STORED_K, DIM_K, DENSE_ALIGN_K)
-            s = tl.dot(qd, tl.trans(x.to(DENSE_K)), input_precision="ieee")
+            s = _dot(qd, x.to(DENSE_K), "ieee")
+        elif WIDTH_K:
+            x = _uniform(
+                source_k,
+                batch,
+                start,
+                hi,
+                live,
+                KEYS,
+                WIDTH_K,
+                CELL_K,
+                SPAN_K,
+                BOOK_K,
+                CODE_ALIGN_K,
+                CELLS,
+                DIM_K,
+            )
+            near = x.to(CODES)
+            high = qd.to(CODES)
+            s = tl.dot(high, tl.trans(near))
+            if FOLDED:
+                s = tl.dot((qd - high.to(tl.float32)).to(CODES), tl.trans(near), s)
+            if FINE:
+                s = tl.dot(high, tl.trans((x - near.to(tl.float32)).to(CODES)), s)
+            if KEYS == 4:
+                s = s * _norms(source_k, batch, token, live).to(tl.float32)[None, :]
         else:
             x = _coordinates(source_k, batch, token, live, KEYS, DIM_K, PIECES_K)
-            s = tl.dot(qd, tl.trans(x), input_precision=PRECISION)
+            s = _dot(qd, x, PRECISION)
         s = s * scale[:, None] + offset[:, None]
         if SOFTCAP:
             s = _tanh(s / softcap) * (softcap * 1.4426950408889634)
@@ -309,7 +579,7 @@ def _work(
         decay = tl.exp2(top - higher)
         p = tl.exp2(s - higher[:, None] + HEADROOM)
         # what is summed is what is multiplied: weights then sum to one exactly
-        if VALUES == 1:
+        if (VALUES == 1) or (VALUES > 1 and WIDTH_V > 0):
             p = p.to(CODES).to(tl.float32)
         elif VALUES == 0:
             p = p.to(DENSE_V).to(tl.float32)
@@ -320,30 +590,52 @@ def _work(
             w = p.to(CODES)
             if NIBBLES_V:
                 octets = _bytes(values, live, 0, mass_n, NIBBLES_V)
-                an0 = _mix(an0 * decay[:, None], w, octets, 15)
-                an1 = _mix(an1 * decay[:, None], w, octets, 240)
+                an0 = _mix(an0, decay, w, octets, 15)
+                an1 = _mix(an1, decay, w, octets, 240)
             if CRUMBS_V:
                 octets = _bytes(values, live, mass_n, mass_c, CRUMBS_V)
-                ac0 = _mix(ac0 * decay[:, None], w, octets, 3)
-                ac1 = _mix(ac1 * decay[:, None], w, octets, 12)
-                ac2 = _mix(ac2 * decay[:, None], w, octets, 48)
-                ac3 = _mix(ac3 * decay[:, None], w, octets, 192)
+                ac0 = _mix(ac0, decay, w, octets, 3)
+                ac1 = _mix(ac1, decay, w, octets, 12)
+                ac2 = _mix(ac2, decay, w, octets, 48)
+                ac3 = _mix(ac3, decay, w, octets, 192)
             if BITS_V:
                 octets = _bytes(values, live, mass_n + mass_c, mass_b, BITS_V)
-                ab0 = _mix(ab0 * decay[:, None], w, octets, 1)
-                ab1 = _mix(ab1 * decay[:, None], w, octets, 2)
-                ab2 = _mix(ab2 * decay[:, None], w, octets, 4)
-                ab3 = _mix(ab3 * decay[:, None], w, octets, 8)
-                ab4 = _mix(ab4 * decay[:, None], w, octets, 16)
-                ab5 = _mix(ab5 * decay[:, None], w, octets, 32)
-                ab6 = _mix(ab6 * decay[:, None], w, octets, 64)
-                ab7 = _mix(ab7 * decay[:, None], w, octets, 128)
+                ab0 = _mix(ab0, decay, w, octets, 1)
+                ab1 = _mix(ab1, decay, w, octets, 2)
+                ab2 = _mix(ab2, decay, w, octets, 4)
+                ab3 = _mix(ab3, decay, w, octets, 8)
+                ab4 = _mix(ab4, decay, w, octets, 16)
+                ab5 = _mix(ab5, decay, w, octets, 32)
+                ab6 = _mix(ab6, decay, w, octets, 64)
+                ab7 = _mix(ab7, decay, w, octets, 128)
         elif VALUES == 0:
             x = _dense(source_v, batch, token, live, STORED_V, DIM_V, DENSE_ALIGN_V)
-            ad = tl.dot(p.to(DENSE_V), x.to(DENSE_V), ad * decay[:, None], input_precision="ieee")
+            ad = _add(ad, decay, p.to(DENSE_V), x.to(DENSE_V), "ieee")
+        elif WIDTH_V:
+            x = _uniform(
+                source_v,
+                batch,
+                start,
+                hi,
+                live,
+                VALUES,
+                WIDTH_V,
+                CELL_V,
+                SPAN_V,
+                BOOK_V,
+                CODE_ALIGN_V,
+                CELLS,
+                DIM_V,
+            )
+            if VALUES == 4:
+                x = x * _norms(source_v, batch, token, live).to(x.dtype)[:, None]
+            near = x.to(CODES)
+            ad = tl.dot(p.to(CODES), near, ad * decay[:, None])
+            if FINE:
+                ad = tl.dot(p.to(CODES), (x - near.to(tl.float32)).to(CODES), ad)
         else:
             x = _coordinates(source_v, batch, token, live, VALUES, DIM_V, PIECES_V)
-            ad = tl.dot(p, x, ad * decay[:, None], input_precision=PRECISION)
+            ad = _add(ad, decay, p, x, PRECISION)
 
     out = part * rows + row
     tl.store(tops + out, top - HEADROOM, mask=inside)
@@ -409,6 +701,19 @@ def attend_splits(
     DIM_V: tl.constexpr,
     PIECES_K: tl.constexpr,
     PIECES_V: tl.constexpr,
+    WIDTH_K: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    CELL_K: tl.constexpr,
+    CELL_V: tl.constexpr,
+    SPAN_K: tl.constexpr,
+    SPAN_V: tl.constexpr,
+    BOOK_K: tl.constexpr,
+    BOOK_V: tl.constexpr,
+    CODE_ALIGN_K: tl.constexpr,
+    CODE_ALIGN_V: tl.constexpr,
+    FOLDED: tl.constexpr,
+    FINE: tl.constexpr,
+    CELLS: tl.constexpr,
     ALIGN_K: tl.constexpr,
     ALIGN_V: tl.constexpr,
     DENSE_ALIGN_K: tl.constexpr,
@@ -428,15 +733,17 @@ def attend_splits(
 ):
     """One program: a split of the context, a KV head, a block of queries, a sequence.
 
-    A split is four numbers in ``table``: first and last token, key segment, value segment. ``PAIRS``
-    lists the pairs of kinds that occur, six bits each: key kind · 8 + value kind.
+    A split is five numbers in ``table``: first and last token, key segment, value segment, and where blocks
+    of tokens begin, at or before the first. ``PAIRS`` lists the pairs of kinds that occur, six bits each:
+    key kind · 8 + value kind.
     """
     split = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
-    lo = tl.load(table + 4 * split).to(tl.int32)
-    hi = tl.load(table + 4 * split + 1).to(tl.int32)
-    source_k = table + key_sources + 18 * (tl.load(table + 4 * split + 2) * KV_HEADS + head)
-    source_v = table + value_sources + 18 * (tl.load(table + 4 * split + 3) * KV_HEADS + head)
+    lo = tl.load(table + 5 * split).to(tl.int32)
+    hi = tl.load(table + 5 * split + 1).to(tl.int32)
+    begin = tl.load(table + 5 * split + 4).to(tl.int32)
+    source_k = table + key_sources + 18 * (tl.load(table + 5 * split + 2) * KV_HEADS + head)
+    source_v = table + value_sources + 18 * (tl.load(table + 5 * split + 3) * KV_HEADS + head)
     pair = tl.load(source_k) * 8 + tl.load(source_v)
     part = (tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)).to(tl.int64)
     for i in tl.static_range(PAIR_COUNT):
@@ -444,6 +751,7 @@ def attend_splits(
             _work(
                 source_k,
                 source_v,
+                begin,
                 lo,
                 hi,
                 part,
@@ -477,6 +785,19 @@ def attend_splits(
                 DIM_V,
                 PIECES_K,
                 PIECES_V,
+                WIDTH_K,
+                WIDTH_V,
+                CELL_K,
+                CELL_V,
+                SPAN_K,
+                SPAN_V,
+                BOOK_K,
+                BOOK_V,
+                CODE_ALIGN_K,
+                CODE_ALIGN_V,
+                FOLDED,
+                FINE,
+                CELLS,
                 ALIGN_K,
                 ALIGN_V,
                 DENSE_ALIGN_K,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
 
@@ -10,8 +10,21 @@ import torch
 from torch import Tensor
 
 from kvsight.formats import Dense, Grouped
-from kvsight.ops.attend.features import Blocks, Coding, Kind, Reading, blocks, most_pieces, plain, reading
+from kvsight.ops.attend.features import (
+    Blocks,
+    Coding,
+    Kind,
+    Reading,
+    Uniform,
+    blocks,
+    books,
+    most_pieces,
+    plain,
+    reading,
+    uniform,
+)
 from kvsight.ops.attend.ref import Segment, head_dim, kv_heads
+from kvsight.packing import cut
 
 # hints that are worth compiling for: the widest load, a word, a byte
 _ALIGNED = (16, 4, 1)
@@ -23,8 +36,9 @@ class Side:
 
     ``ends``: tokens up to the end of each segment. ``readings``: one for each segment; ``groups``: the
     distinct ones. ``sources``: the rows that kernels.py describes, segments first; ``held`` keeps alive
-    what they point to. ``stored``: the type of dense numbers. ``plane_align`` and ``dense_align`` divide
-    the addresses of planes and of dense numbers, in bytes.
+    what they point to. ``stored``: the type of dense numbers. ``plane_align``, ``code_align`` and
+    ``dense_align`` divide the addresses of planes, of other codes and of dense numbers, in bytes.
+    ``firsts``: the first token of each segment's storage. ``uniform``: how codes are read a row at a time.
     """
 
     heads: int
@@ -35,27 +49,43 @@ class Side:
     stored: torch.dtype
     pieces: int
     plane_align: int
+    code_align: int
     dense_align: int
+    firsts: tuple[int, ...]
+    uniform: Uniform | None
     sources: list[list[int]]
     held: list[Tensor]
 
 
-def read_side(segments: Sequence[Segment], device: torch.device) -> Side:
-    """Segments of one side; empty ones are left out."""
+def read_side(
+    segments: Sequence[Segment],
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int | None = None,
+    exact: bool = True,
+) -> Side:
+    """Segments of one side, their linear maps in ``dtype``; empty ones are left out.
+
+    Codes of one width are read so where kernels take ``tokens`` at a time; levels are as they are stored
+    if ``exact``, else in fp16 where that is faster.
+    """
     segments = [segment for segment in segments if segment.tokens]
     heads, dim = kv_heads(segments[0]), head_dim(segments[0])
     codings = [None if segment.dense is not None else Coding(segment.coded) for segment in segments]
     padded = blocks(codings, dim)
     dense = plain(heads, dim)
-    found = [dense if coding is None else reading(coding, padded, dim, device) for coding in codings]
+    found = [dense if coding is None else reading(coding, padded, dim, device, dtype) for coding in codings]
     groups = list(dict.fromkeys(found))
     ends = tuple(accumulate(segment.tokens for segment in segments))
     stored = _dense_type(segments)
+    same = None if tokens is None else uniform(codings, padded.dim, tokens)
+    same = replace(same, book=False) if same is not None and exact else same
     sources: list[list[int]] = []
     held: list[Tensor] = []
+    bytewise = same is not None and same.book
     for segment, own, end in zip(segments, found, ends, strict=True):
         start = [groups.index(own), end - segment.tokens - segment.skip]
-        of_head = dict(_places(segment, stored, held))
+        of_head = dict(_places(segment, stored, held, bytewise))
         for head, (kind, sizes) in enumerate(zip(own.kinds, own.sizes, strict=True)):
             table = 0 if own.tables is None else own.tables[head].data_ptr()
             *place, levels = of_head[head]
@@ -69,25 +99,32 @@ def read_side(segments: Sequence[Segment], device: torch.device) -> Side:
         stored,
         max((most_pieces(coding) for coding in codings if coding is not None), default=0),
         _aligned(_plane_align(source) for source in sources),
+        _aligned(_code_align(source, same) for source in sources),
         _aligned(_dense_align(source, stored.itemsize) for source in sources),
+        tuple(end - segment.tokens - segment.skip for segment, end in zip(segments, ends, strict=True)),
+        same,
         sources,
         held,
     )
 
 
-def _places(segment: Segment, stored: torch.dtype, held: list[Tensor]) -> Iterator[tuple[int, list[int]]]:
-    """Fields 3 to 12, and 17, of every head."""
+def _places(
+    segment: Segment, stored: torch.dtype, held: list[Tensor], bytewise: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Fields 3 to 12, and 17, of every head; ``bytewise`` where levels are looked up for whole bytes."""
     if segment.dense is not None:
         dense = _kept(segment.dense.to(stored), held)
         for head in range(dense.shape[1]):
             yield head, [*_place(dense, head), *(0,) * 6, 1, 0]
-    for coded in segment.coded:
+    found = books(Coding(segment.coded))
+    for coded, book in zip(segment.coded, found, strict=True):
         form, tensors = coded.packed.format, coded.packed.tensors
         if isinstance(form, Dense):
             tensors = (tensors[0].to(stored),)
         tensors = tuple(_kept(tensor, held) for tensor in tensors)
         every = form.group if isinstance(form, Grouped) and form.along == "token" else 1
-        levels = coded.tables[0].data_ptr() if coded.tables else 0
+        tables = (book,) if bytewise and book is not None else coded.tables
+        levels = tables[0].data_ptr() if tables else 0
         for i, head in enumerate(coded.heads):
             fields = [number for tensor in tensors for number in _place(tensor, i)]
             yield head, [*fields, *(0,) * (9 - len(fields)), every, levels]
@@ -121,6 +158,17 @@ def _aligned(divisors: Iterable[int]) -> int:
 def _plane_align(source: list[int]) -> int:
     start, batch, row, nibbles, crumbs = *source[3:6], *source[13:15]
     return math.gcd(start, batch, row, nibbles, crumbs) if source[0] == Kind.PLANES else 0
+
+
+def _code_align(source: list[int], same: Uniform | None) -> int:
+    """Every class of pieces begins at a multiple of this."""
+    if same is None or source[0] in (Kind.DENSE, Kind.PLANES):
+        return 0
+    at, starts = 0, [0]
+    for size, low in cut(same.width):
+        at += source[13] * size // 8
+        starts += [at] * (low > 0)
+    return math.gcd(*source[3:6], *starts)
 
 
 def _dense_align(source: list[int], size: int) -> int:
