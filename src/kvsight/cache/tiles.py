@@ -14,12 +14,15 @@ from torch import Tensor
 
 from kvsight.cache.side import SideState, check_batch
 from kvsight.codec import Placement, check_finite
+from kvsight.errors import KVSightError
 from kvsight.formats import Packed, Row
 from kvsight.ops.attend.cuda import MOST_ROWS, Exact, TiledTokens, TileReader, attend_tiles, token_ranges
 from kvsight.ops.attend.prefill import PrefillReader
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import FoldedTiles, fold, tileable
+from kvsight.ops.attend.tiles_op import attend_tiles_op, widths
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
+from kvsight.ops.encode.op import encode_tiles_op
 from kvsight.ops.encode.tiles import Encoder, TileWriter, fold_encoder, write_tiles_ref
 from kvsight.packing import pack_row, unpack_row
 from kvsight.tiling import TOKENS, Rows, Tiling
@@ -83,7 +86,11 @@ class Tiles:
             self._grow(new)
         # counted on the device, so that a graph of launches can be replayed
         self.seen.add_(new)
-        if k.is_cuda:
+        if torch.compiler.is_compiling():
+            maps = [*self.encoders[0].maps, *self.encoders[1].maps]
+            numbers = [widths(side.tilings) for side in self.encoders]
+            encode_tiles_op(k, v, *self.tiles, maps, *numbers, self.seen, self.first)
+        elif k.is_cuda:
             if self._writer is None:
                 self._writer = TileWriter.of(*self.encoders, *self.tiles)
             self._writer.write(k, v, self.seen, self.first)
@@ -106,6 +113,8 @@ class Tiles:
         ``hidden`` [B] first tokens of each sequence are padding. The newest tokens' own codes are not read
         where they are ``fresh``.
         """
+        if torch.compiler.is_compiling() and hidden is None and not many(q, fresh):
+            return self._attend_compiled(q, scaling, softcap, sink_logits)
         exact = self._exact(q, fresh)
         options: dict[str, Any] = {"exact": exact, "softcap": softcap, "sink_logits": sink_logits}
         if many(q, fresh):
@@ -133,6 +142,24 @@ class Tiles:
                 assert own is not None
                 parts.append(attend_tiles_ref(block, *self._tokens(), own, scaling=scaling, **options))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _attend_compiled(
+        self, q: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
+    ) -> Tensor:
+        """As ``_attend_few`` for one operator of a graph."""
+        if q.shape[2] * q.shape[1] > MOST_ROWS * len(self.tiles[0]):
+            raise KVSightError(
+                f"compiled attention takes {MOST_ROWS} query rows for each of {len(self.tiles[0])} KV "
+                f"heads; got {q.shape[2] * q.shape[1]} rows. Feed fewer tokens at a time, or do not compile."
+            )
+        key, value = self.bare
+        exact = [key.sinks, value.sinks] if self.first else []
+        maps = [*self.folded[0].maps, *self.folded[1].maps]
+        numbers = [widths(side.tilings) for side in self.folded]
+        out: Tensor = attend_tiles_op(
+            q, *self.tiles, maps, *numbers, self.seen, exact, scaling, softcap, sink_logits
+        )
+        return out
 
     def states(self, fresh: Fresh | None = None) -> tuple[SideState, SideState]:
         """The same tokens in rows, or those before ``fresh`` ones."""

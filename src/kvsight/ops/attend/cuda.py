@@ -212,7 +212,7 @@ def token_ranges(  # noqa: PLR0913
 
 
 class _Size(NamedTuple):
-    """What decides how a launch is set up: ``tiles`` about, ``workers`` and ``given`` as ``call`` has them."""
+    """What decides how a launch is set up: ``tiles`` about, ``workers`` and ``given`` as in ``call``."""
 
     batch: int
     row_tiles: int

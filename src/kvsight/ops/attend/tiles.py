@@ -33,6 +33,11 @@ class FoldedTiles:
     shift: Tensor
 
     @property
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """``matrix`` and ``shift``, as operators take them."""
+        return self.matrix, self.shift
+
+    @property
     def blocks(self) -> int:
         """The most blocks of any head, rounded up so that few kernels serve all layers."""
         return most_blocks(self.tilings)

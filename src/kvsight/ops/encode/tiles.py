@@ -53,6 +53,11 @@ class FoldedEncoder:
     map: Tensor
     shift: Tensor
 
+    @property
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """``map`` and ``shift``, as operators take them."""
+        return self.map, self.shift
+
     @cached_property
     def operands(self) -> Tensor:
         """``map`` in two bf16 parts as operands of tensor cores.

@@ -1,0 +1,124 @@
+"""``kvsight::attend_tiles``, the operator that compiled graphs hold: a layer's tiles as tensors.
+
+Eager calls skip it, and with it the dispatcher's cost.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvsight.ops.attend.cuda import Exact, TiledTokens, TileReader, attend_tiles, token_ranges
+from kvsight.ops.attend.tiles import FoldedTiles
+from kvsight.ops.attend.tiles_ref import attend_tiles_ref
+from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling
+
+_MOST_READERS = 256
+
+
+@torch.library.custom_op("kvsight::attend_tiles", mutates_args=())
+def attend_tiles_op(  # noqa: PLR0913
+    q: Tensor,
+    key_tiles: Sequence[Tensor],
+    value_tiles: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    key_widths: Sequence[int],
+    value_widths: Sequence[int],
+    seen: Tensor,
+    exact: Sequence[Tensor],
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attention of the newest tokens' queries over exact first tokens and all coded ones.
+
+    Args:
+        q: [B, Hq, Q, d] with Q · Hq / H at most 16.
+        key_tiles, value_tiles: uint8 [B, n, nbytes] of each of H heads.
+        maps: ``FoldedTiles.matrix`` and ``shift`` of keys, then of values.
+        key_widths, value_widths: ``Tiling.widths`` of one head after another.
+        seen: int32 [1], tokens of a sequence, the queries' own included.
+        exact: keys and values of first tokens [B, H, n, d], or nothing.
+        scaling, softcap, sink_logits: as in ``ops.attend.attend``.
+
+    Returns: [B, Q, Hq, d].
+    """
+    first = exact[0].shape[2] if exact else 0
+    none = q.new_empty(*key_tiles[0].shape[:1], len(key_tiles), 0, q.shape[-1])
+    kept = Exact(exact[0], exact[1], none, none) if exact else None
+    if q.is_cuda:
+        # as many as there is room for: the kernel counts them itself
+        tokens = TOKENS * key_tiles[0].shape[1]
+        reader = _reader(key_tiles, value_tiles, maps, tuple(key_widths), tuple(value_widths), scaling)
+        call = reader.call(
+            q.contiguous(), tokens, None, seen=seen, exact=kept, softcap=softcap, sink_logits=sink_logits
+        )
+        return attend_tiles(call)
+    tokens = int(seen) - first
+    keys = TiledTokens(_folded(maps[:2], key_widths, "tokens"), tuple(key_tiles), tokens)
+    values = TiledTokens(_folded(maps[2:], value_widths, "coordinates"), tuple(value_tiles), tokens)
+    ranges = token_ranges(q.shape[0], q.shape[2], first, tokens, 0)
+    return attend_tiles_ref(
+        q, keys, values, ranges, scaling=scaling, exact=kept, softcap=softcap, sink_logits=sink_logits
+    ).contiguous()
+
+
+@attend_tiles_op.register_fake
+def _(  # noqa: PLR0913
+    q: Tensor,
+    key_tiles: Sequence[Tensor],
+    value_tiles: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    key_widths: Sequence[int],
+    value_widths: Sequence[int],
+    seen: Tensor,
+    exact: Sequence[Tensor],
+    scaling: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    batch, heads, queries, dim = q.shape
+    return q.new_empty(batch, queries, heads, dim)
+
+
+def widths(tilings: Sequence[Tiling]) -> list[int]:
+    """``Tiling.widths`` of one head after another, as operators take them."""
+    return [width for tiling in tilings for width in tiling.widths]
+
+
+def tilings(numbers: Sequence[int], dim: int, rows: Rows) -> tuple[Tiling, ...]:
+    """Inverse of ``widths``."""
+    step = dim // CHUNK
+    return tuple(Tiling(tuple(numbers[i : i + step]), rows) for i in range(0, len(numbers), step))
+
+
+def _folded(maps: Sequence[Tensor], numbers: Sequence[int], rows: Rows) -> FoldedTiles:
+    matrix, shift = maps
+    return FoldedTiles(tilings(numbers, matrix.shape[-1], rows), matrix, shift)
+
+
+# what a graph's calls share from step to step; maps are kept alive, so that their addresses tell them apart
+_readers: OrderedDict[tuple[object, ...], tuple[TileReader, Sequence[Tensor]]] = OrderedDict()
+
+
+def _reader(
+    key_tiles: Sequence[Tensor],
+    value_tiles: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    key_widths: tuple[int, ...],
+    value_widths: tuple[int, ...],
+    scaling: float,
+) -> TileReader:
+    places = tuple((t.data_ptr(), *t.shape, *t.stride()) for t in (*key_tiles, *value_tiles))
+    key = places, tuple(m.data_ptr() for m in maps), key_widths, value_widths, scaling
+    if key not in _readers:
+        keys = TiledTokens(_folded(maps[:2], key_widths, "tokens"), tuple(key_tiles), 0)
+        values = TiledTokens(_folded(maps[2:], value_widths, "coordinates"), tuple(value_tiles), 0)
+        # the caller keeps the tiles
+        _readers[key] = replace(TileReader.of(keys, values, scaling), tiles=()), list(maps)
+        if len(_readers) > _MOST_READERS:
+            _readers.popitem(last=False)
+    _readers.move_to_end(key)
+    return _readers[key][0]

@@ -1,0 +1,82 @@
+"""The operators of tiles: what graphs hold is what eager calls do."""
+
+import copy
+
+import pytest
+import torch
+
+from kvsight.cache.side import append, start
+from kvsight.cache.tiles import Tiles
+from kvsight.codec import Codec, Placement
+from kvsight.errors import KVSightError
+from kvsight.ops.attend.tiles_op import attend_tiles_op, widths
+from kvsight.ops.encode.op import encode_tiles_op
+from kvsight.quantizers.lloyd_max import row_quantizer, uniform
+from kvsight.retention import Retention
+from kvsight.transforms import haar
+
+DIM, HEADS = 32, 2
+
+
+def tokens(count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, HEADS, count, DIM, generator=draw) for _ in range(2)]
+
+
+@pytest.fixture
+def tiles():
+    states = []
+    for side, x in enumerate(tokens(80, 1)):
+        placements = tuple(
+            Placement(
+                (head,),
+                Codec(
+                    "sight", haar(DIM, head).stored(), row_quantizer((4 - side,) * 16 + (2,) * 16, uniform)
+                ),
+            )
+            for head in range(HEADS)
+        )
+        states.append(append(start(placements, Retention(2, 0), torch.float32, x[:, :, :0]), x))
+    return Tiles(*states)
+
+
+def test_a_whole_step_is_one_graph_and_does_what_eager_calls_do(tiles):
+    eager = copy.deepcopy(tiles)
+
+    def step(tiles, k, v, q):
+        tiles.append(k, v)
+        return tiles.attend(q, scaling=0.2)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for turn in range(4):
+        k, v = tokens(1, turn + 7)
+        q = torch.randn(2, 4, 1, DIM, generator=torch.Generator().manual_seed(turn))
+        torch.testing.assert_close(compiled(tiles, k, v, q), step(eager, k, v, q))
+    assert tiles.tokens == eager.tokens == 82
+    for side, other in zip(tiles.tiles, eager.tiles, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(side, other, strict=True))
+
+
+def test_operators_keep_torchs_rules(tiles):
+    k, v = tokens(3, 5)
+    q = torch.randn(2, 4, 2, DIM)
+    tiles.seen.add_(3)
+    checks = ("test_schema", "test_faketensor")
+    numbers = [widths(side.tilings) for side in tiles.folded]
+    maps = [*tiles.encoders[0].maps, *tiles.encoders[1].maps]
+    held = [list(side) for side in tiles.tiles]
+    arguments = (k, v, *held, maps, *numbers, tiles.seen, tiles.first)
+    torch.library.opcheck(encode_tiles_op, arguments, test_utils=checks)
+    exact = [state.sinks for state in tiles.bare]
+    maps = [*tiles.folded[0].maps, *tiles.folded[1].maps]
+    arguments = (q, *held, maps, *numbers, tiles.seen, exact, 0.2, None, None)
+    torch.library.opcheck(attend_tiles_op, arguments, test_utils=checks)
+
+
+def test_graphs_refuse_more_rows_than_a_launch_takes(tiles):
+    def attend(q):
+        return tiles.attend(q, scaling=0.2)
+
+    q = torch.randn(2, 8, 16, DIM)
+    with pytest.raises((KVSightError, torch._dynamo.exc.TorchDynamoException), match="query rows"):
+        torch.compile(attend, fullgraph=True, backend="eager")(q)
