@@ -41,8 +41,8 @@ def test_decoding_on_a_gpu_is_decoding_on_the_cpu(fitted):
         cache = kvsight.PackedCache(plan, tiles=tiles)
         found = steps(model, cache, ids.cuda(), 100)
         assert [layer.tiles is not None for layer in cache.layers] == [tiles is None] * len(cache.layers)
-        # a code may differ where fp32 and fp64 round differently
-        assert float((found - wanted).abs().median()) < 2e-2
+        # codes flip: a model that is off by 1e-6 moves the median by 1e-3, and 16-bit numbers are coarser
+        assert float((found - wanted).abs().median()) < 5e-2
         assert float((found.argmax(-1) == wanted.argmax(-1)).float().mean()) > 0.95
 
 

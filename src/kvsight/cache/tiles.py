@@ -148,9 +148,10 @@ class Tiles:
     ) -> Tensor:
         """As ``_attend_few`` for one operator of a graph."""
         if q.shape[2] * q.shape[1] > MOST_ROWS * len(self.tiles[0]):
+            heads, rows = len(self.tiles[0]), q.shape[2] * q.shape[1]
             raise KVSightError(
-                f"compiled attention takes {MOST_ROWS} query rows for each of {len(self.tiles[0])} KV "
-                f"heads; got {q.shape[2] * q.shape[1]} rows. Feed fewer tokens at a time, or do not compile."
+                f"compiled attention takes {MOST_ROWS} query rows for each of {heads} KV heads; got {rows} "
+                "rows. Feed fewer tokens at a time, or do not compile."
             )
         key, value = self.bare
         exact = [key.sinks, value.sinks] if self.first else []
