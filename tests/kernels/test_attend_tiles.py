@@ -16,6 +16,7 @@ from kvsight.ops.attend.cuda import (
     TiledTokens,
     TileReader,
     attend_tiles,
+    reads_tiles,
     token_ranges,
 )
 from kvsight.ops.attend.ref import Coded, Folded, Segment, attend
@@ -326,3 +327,19 @@ def test_schedules_cover_every_tile_once_largest_parts_first(batch, tiles, block
 def test_wider_heads_get_more_parts():
     items = schedule((100, 300), 2, 3000, 16, entry=1000, exact=False)
     assert [sum(i.head == h for i in items) for h in range(2)] == [4, 12]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "wanted"),
+    [
+        ("cuda", torch.bfloat16, (9, 0), True),
+        ("cuda", torch.float32, (12, 0), True),
+        ("cuda", torch.bfloat16, (8, 6), False),
+        ("cuda", torch.float64, (9, 0), False),
+        ("cpu", torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_tiles_are_read_by_gpus_since_hopper(monkeypatch, device, dtype, capability, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert reads_tiles.__wrapped__(torch.device(device), dtype) is wanted

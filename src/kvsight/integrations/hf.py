@@ -36,6 +36,7 @@ from kvsight.integrations.attention import (
     original,
 )
 from kvsight.ops.attend import Segment, attend
+from kvsight.ops.attend.cuda import reads_tiles
 from kvsight.plan import SIDES, LayerPlan, Plan
 from kvsight.planfile import plan_hash
 
@@ -71,7 +72,14 @@ class PackedLayer(CacheLayerMixin):
         self.key_state = sides.start(self.layer.key, retention, dense, key_states)
         self.value_state = sides.start(self.layer.value, retention, dense, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
-        tiled = key_states.is_cuda if self.tiled is None else self.tiled
+        able = reads_tiles(self.device, self.dtype)
+        tiled = able if self.tiled is None else self.tiled
+        if tiled and self.device.type == "cuda" and not able:
+            raise KVSightError(
+                "tiles on a GPU need an NVIDIA one of compute capability 9.0 (Hopper) or newer, torch 2.9, and "
+                f"numbers of at most 32 bits; got {torch.cuda.get_device_name(self.device)} and {self.dtype}. "
+                "Leave tiles unset: rows are read there."
+            )
         self.fits_tiles = tiled and fits_tiles(self.key_state, self.value_state)
         self.is_initialized = True
 
@@ -288,8 +296,8 @@ class PackedCache(Cache):
         monitor: compare some of the tokens of every call of more than one with the calibration, and log
             a warning when they are unlike it; ``drift`` has the figures.
         tiles: hold tokens in tiles from the 64th on, where the plan was fitted with the option
-            ``layout=tiles``. On CUDA devices kernels read them, and they are the default; elsewhere
-            plain torch does, for tests.
+            ``layout=tiles``. On NVIDIA GPUs since Hopper kernels read them, and they are the default;
+            elsewhere plain torch does, for tests.
 
     ``model.generate(ids, past_key_values=PackedCache(plan))`` works as it is; inside
     ``kvsight.enable(model)`` attention runs on the codes.

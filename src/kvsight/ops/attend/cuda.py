@@ -20,7 +20,7 @@ from kvsight.tiling import CHUNK, TOKENS
 
 _NAMES = ("intrinsics.cuh", "tiles.cuh", "maps.cuh", "products.cuh", "tiles.cu")
 SOURCES = (NUMBERS_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
-_ROWS = 4
+_ROWS, _HOPPER = 4, (9, 0)
 # what a multiprocessor has of shared memory, and what every block takes of it unasked
 _SHARED, _RESERVED = 228 * 1024, 1024
 # as much of it as a warp can put to use, its barriers and feeds; an item
@@ -414,6 +414,19 @@ def _coarse(tiles: int) -> int:
     """``tiles`` to four binary digits, so that schedules can be kept while contexts grow."""
     step = 1 << max(0, tiles.bit_length() - 4)
     return tiles // step * step
+
+
+@lru_cache(maxsize=16)
+def reads_tiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels of tiles run there: NVIDIA GPUs since Hopper, which copy in bulk."""
+    if (
+        dtype not in NUMBERS
+        or device.type != "cuda"
+        or torch.version.cuda is None
+        or not hasattr(torch.cuda, "_compile_kernel")
+    ):
+        return False
+    return torch.cuda.get_device_capability(device) >= _HOPPER
 
 
 @lru_cache(maxsize=16)
