@@ -260,8 +260,11 @@ def main() -> None:
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, copy {copy:.2f} TB/s", flush=True)
     options = {"workers": args.workers, "shape": dict(args.shape)}
-    found = list(rows(args, copy, options))
-    write({"device": name, "copy TB/s": copy, "kernel": options, "rows": found}, args.json)
+    found: list[dict[str, Any]] = []
+    for row in rows(args, copy, options):
+        found.append(row)
+        # a run that is cut off leaves what it has
+        write({"device": name, "copy TB/s": copy, "kernel": options, "rows": found}, args.json)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ class PackedLayer(CacheLayerMixin):
         tiled = able if self.tiled is None else self.tiled
         if tiled and self.device.type == "cuda" and not able:
             raise KVSightError(
-                "tiles on a GPU need an NVIDIA one of compute capability 9.0 (Hopper) or newer, torch 2.9, and "
-                f"numbers of at most 32 bits; got {torch.cuda.get_device_name(self.device)} and {self.dtype}. "
-                "Leave tiles unset: rows are read there."
+                "tiles on a GPU need compute capability 9.0 (Hopper), torch 2.9 and at most 32 bits "
+                f"a number; got {torch.cuda.get_device_name(self.device)} and {self.dtype}. "
+                "Leave tiles unset for rows."
             )
         self.fits_tiles = tiled and fits_tiles(self.key_state, self.value_state)
         self.is_initialized = True

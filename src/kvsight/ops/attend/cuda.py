@@ -411,8 +411,8 @@ def _heads(keys: TiledTokens, values: TiledTokens) -> Tensor:
 
 
 def _coarse(tiles: int) -> int:
-    """``tiles`` to four binary digits, so that schedules can be kept while contexts grow."""
-    step = 1 << max(0, tiles.bit_length() - 4)
+    """``tiles`` to two binary digits, so that schedules can be kept while contexts grow."""
+    step = 1 << max(0, tiles.bit_length() - 2)
     return tiles // step * step
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def value_maps(values: FoldedTiles, parts: int) -> Tensor:
 def chunk_tables(side: FoldedTiles) -> Tensor:
     """Where products have the blocks of all chunks: int32 [H, d / 16 · 4], ``Chunk`` in ``tiles.cuh``."""
     chunks = side.matrix.shape[-1] // CHUNK
-    tables = torch.tensor([[_entry(tiling, chunk) for chunk in range(chunks)] for tiling in side.tilings])
+    tables = torch.tensor([_table(tiling, chunks) for tiling in side.tilings])
     blocks, factors = tables.split(2, dim=-1)
     return torch.cat([blocks.int(), factors.float().view(torch.int32)], dim=-1).flatten(1)
 
@@ -79,8 +80,16 @@ def _places(tiling: Tiling) -> dict[int, Block]:
     return out
 
 
-def _entry(tiling: Tiling, chunk: int) -> list[float]:
-    own = [(place, block) for place, block in _places(tiling).items() if block.chunk == chunk]
+@lru_cache(maxsize=1024)
+def _table(tiling: Tiling, chunks: int) -> list[list[float]]:
+    """Of each chunk: places of its blocks, or -1, and what a unit of them is worth in codes."""
+    found: list[list[tuple[int, Block]]] = [[] for _ in range(chunks)]
+    for place, block in _places(tiling).items():
+        found[block.chunk].append((place, block))
+    return [_entry(own) for own in found]
+
+
+def _entry(own: Sequence[tuple[int, Block]]) -> list[float]:
     places = [place for place, _ in own] + [-1] * (_AT_MOST - len(own))
     return [*places, *(_worth(block) for _, block in own), *[0.0] * (_AT_MOST - len(own))]
 
