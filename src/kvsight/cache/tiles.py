@@ -131,7 +131,7 @@ class Tiles:
         ranges = None if q.is_cuda and hidden is None else self._ranges(q, hidden)
         parts: list[Tensor] = []
         for start in range(0, queries, step):
-            block = q[:, :, start : start + step].contiguous()
+            block = (q if step >= queries else q[:, :, start : start + step]).contiguous()
             own = None if ranges is None else ranges[:, start : start + step]
             if q.is_cuda:
                 after = max(0, queries - start - step)

@@ -3,7 +3,7 @@
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +168,8 @@ class Exact:
     last_values: Tensor
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name).to(dtype).contiguous() for f in fields(self)}
+        """As the kernel reads them, by name."""
+        return {name: _plain(getattr(self, name), dtype) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +181,11 @@ class Call:
     values: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
     out: Tensor
+
+
+def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # they mostly are as they should be, and every call asks
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def token_ranges(  # noqa: PLR0913
