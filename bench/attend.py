@@ -35,6 +35,13 @@ from kvsight.waterfill import row_widths, share_bytes
 DISTORTION = [1.0, *(uniform(bits).distortion for bits in range(1, 9))]
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 FLUSH = 512 << 20
+# other head_dims, groups and multi-head attention, of about the bytes of 8 x 32,768 at most
+OTHERS = (
+    *(f"8x32768x8x4x{dim}" for dim in (64, 80, 96)),
+    "8x16384x8x4x256",
+    "8x8192x32x1x128",
+    *(f"8x32768x8x{group}x128" for group in (1, 2, 8, 16)),
+)
 
 
 @dataclass(frozen=True)
@@ -211,12 +218,13 @@ def measure(case: Case, bits: float, copy: float, options: dict[str, Any]) -> di
 
 
 def rows(args: argparse.Namespace, copy: float, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for text in args.cases:
+    asked = [(text, args.bits) for text in args.cases] + [(text, args.other_bits) for text in args.others]
+    for text, budgets in asked:
         numbers = [int(n) for n in text.split("x")]
         case = Case(*numbers)
         caches = {} if args.skip_baselines else {"": False, "clean_": True}
         bases = {name: baselines(case, clean=clean) for name, clean in caches.items()}
-        for bits in args.bits:
+        for bits in budgets:
             row = measure(case, bits, copy, options)
             said = ""
             for name, base in bases.items():
@@ -248,6 +256,8 @@ def main() -> None:
         default=["8x32768", "32x32768", "1x131072", "8x8192", "8x2048"],
         help="batch x context, then optionally x KV heads x group x head_dim",
     )
+    parser.add_argument("--others", nargs="*", default=OTHERS, help="more cases, with bits of their own")
+    parser.add_argument("--other-bits", type=float, nargs="+", default=[4.0])
     parser.add_argument(
         "--shape", type=setting, nargs="*", default=[], help="of the kernel, such as warps=8"
     )
