@@ -5,23 +5,28 @@
 // starts poisoned, so reading too early is seen. Memory ordering between threads is not tested here.
 #pragma once
 #define EMULATED
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <map>
+// few headers: every test compiles this once
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
 #include <vector>
 
 #define __device__
 #define __forceinline__ inline
 #define __noinline__
-using std::max;
-using std::min;
-#define INF INFINITY
+#define INF __builtin_inff()
+#define copysignf __builtin_copysignf
+#define exp2f __builtin_exp2f
+#define fabsf __builtin_fabsf
+#define fmaf __builtin_fmaf
+#define fmaxf __builtin_fmaxf
+#define fminf __builtin_fminf
+#define nearbyintf __builtin_nearbyintf
+#define nextafterf __builtin_nextafterf
+template <class T> T max(T a, T b) { return a < b ? b : a; }
+template <class T> T min(T a, T b) { return b < a ? b : a; }
 
 struct uint2 {
     uint32_t x, y;
@@ -70,16 +75,17 @@ inline ucontext_t scheduler;
 inline int current, living;
 inline Index block;
 inline Meeting all;
-inline std::map<uint64_t *, Barrier> barriers;
+// where a barrier lies is its number
+inline std::vector<Barrier> barriers;
 // copies of 16 bytes that threads have begun
-inline std::map<int, std::vector<Copy>> begun;
+inline std::vector<std::vector<Copy>> begun;
 inline std::vector<Meeting> warps;
 // what every lane of a warp brings to a meeting, and takes from it
 inline uint32_t brought[32][32][12], taken[32][32][4];
-inline std::function<void()> kernel;
+inline void (*kernel)();
 
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
-inline void meet(Meeting &m, int size, const std::function<void()> &exchange) {
+template <class Exchange> void meet(Meeting &m, int size, Exchange exchange) {
     long before = m.generation;
     if (++m.arrived == size) {
         exchange();
@@ -91,14 +97,16 @@ inline void meet(Meeting &m, int size, const std::function<void()> &exchange) {
 }
 inline int lane() { return current % 32; }
 inline int warp() { return current / 32; }
-inline void meet_warp(const std::function<void()> &exchange) { meet(warps[warp()], 32, exchange); }
+template <class Exchange> void meet_warp(Exchange exchange) { meet(warps[warp()], 32, exchange); }
 inline void entry() {
     kernel();
     fibers[current].done = true;
     yield();
 }
-inline void run(int threads, Index grid, unsigned char *memory, size_t bytes, std::function<void()> body) {
-    kernel = std::move(body);
+template <class Body> void run(int threads, Index grid, unsigned char *memory, size_t bytes, Body body) {
+    static Body *own;
+    own = &body;
+    kernel = [] { (*own)(); };
     for (block.z = 0; block.z < grid.z; block.z++)
         for (block.y = 0; block.y < grid.y; block.y++)
             for (block.x = 0; block.x < grid.x; block.x++) {
@@ -107,7 +115,7 @@ inline void run(int threads, Index grid, unsigned char *memory, size_t bytes, st
                 warps.assign(threads / 32, {});
                 all = {};
                 barriers.clear();
-                begun.clear();
+                begun.assign(threads, {});
                 for (auto &f : fibers) {
                     f.stack.resize(1 << 17);
                     f.done = false;
@@ -124,6 +132,13 @@ inline void run(int threads, Index grid, unsigned char *memory, size_t bytes, st
                             living -= fibers[current].done;
                         }
             }
+}
+inline Barrier &barrier(const uint64_t *at) {
+    if (*at >= barriers.size()) {
+        fprintf(stderr, "there is no barrier\n");
+        abort();
+    }
+    return barriers[*at];
 }
 }  // namespace emulator
 
@@ -159,7 +174,7 @@ inline float bits_to_float(uint32_t x) {
 inline float __fadd_ru(float x, float y) {
     double sum = (double)x + y;
     float rounded = (float)sum;
-    return rounded < sum ? nextafterf(rounded, INFINITY) : rounded;
+    return rounded < sum ? nextafterf(rounded, INF) : rounded;
 }
 inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
@@ -282,10 +297,13 @@ inline void mma_bf16(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
     });
     memcpy(c, taken[w][l], 16);
 }
-inline void barrier_init(uint64_t *at) { emulator::barriers[at] = {}; }
+inline void barrier_init(uint64_t *at) {
+    *at = emulator::barriers.size();
+    emulator::barriers.push_back({});
+}
 inline void barrier_init_done() {}
 inline void barrier_expect(uint64_t *at, int bytes) {
-    auto &b = emulator::barriers.at(at);
+    auto &b = emulator::barrier(at);
     if (b.armed) {
         fprintf(stderr, "a barrier is armed twice\n");
         abort();
@@ -297,12 +315,12 @@ inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *at) {
         fprintf(stderr, "a bulk copy of %d bytes is not aligned\n", bytes);
         abort();
     }
-    emulator::barriers.at(at).copies.push_back({to, from, bytes});
+    emulator::barrier(at).copies.push_back({to, from, bytes});
 }
 // The first lane that waits makes the copies.
 inline void barrier_wait(uint64_t *at, uint32_t parity) {
-    auto &b = emulator::barriers.at(at);
-    while ((b.completed & 1) == parity && !b.armed) emulator::yield();
+    while ((emulator::barrier(at).completed & 1) == parity && !emulator::barrier(at).armed) emulator::yield();
+    auto &b = emulator::barrier(at);
     if ((b.completed & 1) != parity) return;
     for (auto &c : b.copies) memcpy(c.to, c.from, c.bytes), b.expected -= c.bytes;
     if (b.expected) {
