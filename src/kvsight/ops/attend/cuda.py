@@ -20,12 +20,16 @@ from kvsight.tiling import CHUNK, TOKENS
 
 _NAMES = ("intrinsics.cuh", "tiles.cuh", "maps.cuh", "products.cuh", "tiles.cu")
 SOURCES = (NUMBERS_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
-_ROWS, _HOPPER = 4, (9, 0)
+# query rows of a tensor core's product
+_ROWS = 4
+# the first compute capability that copies in bulk
+_HOPPER = (9, 0)
 # what a multiprocessor has of shared memory, and what every block takes of it unasked
 _SHARED, _RESERVED = 228 * 1024, 1024
-# as much of it as a warp can put to use, its barriers and feeds; an item
-_RING, _BARRIERS, _ITEM = 24 * 1024, 128 + 32, 96
-_STREAM, _MOST_STAGES = 32, 8
+# as much of it as a warp can put to use, its barriers and feeds; an item but for its chunks, and a stream
+_RING, _BARRIERS, _ITEM, _STREAM = 24 * 1024, 128 + 32, 96, 32
+# slots of a ring for each side
+_MOST_STAGES = 8
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16
 # bytes that could be read while a block, a tile apart from its blocks, or a part apart from its tiles is
