@@ -13,11 +13,12 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import write
+from common import milliseconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -126,16 +127,11 @@ def cold(run: Callable[[int], object], repeats: int = 15, *, clean: bool = False
     flush = torch.zeros(FLUSH // 4, dtype=torch.float32, device="cuda")
     times: list[float] = []
     for i in range(repeats + 3):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if clean:
             flush.sum()
         else:
             flush.fill_(i % 7)
-        start.record()
-        run(i)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        times.append(milliseconds(partial(run, i)))
     return statistics.median(times[3:])
 
 
@@ -148,12 +144,7 @@ def replayed(run: Callable[[int], object], launches: int) -> float:
             run(i)
     times: list[float] = []
     for _ in range(9):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / launches)
+        times.append(milliseconds(graph.replay) / launches)
     return statistics.median(times[2:])
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from attend import Case, head_widths
-from common import write
+from common import milliseconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
@@ -175,12 +175,7 @@ def timed(step: Callable[[], None]) -> float:
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 5 or (len(times) < STEPS and time.perf_counter() - begin < SECONDS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        times.append(milliseconds(step))
     return statistics.median(times[2:])
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from attend import Case, coded, copy_bandwidth, filled
-from common import write
+from common import milliseconds, write
 from torch import Tensor
 
 from kvsight.ops.attend.cuda import TiledTokens
@@ -137,12 +137,7 @@ def timed(run: Callable[[], object], repeats: int) -> float:
     """Median milliseconds."""
     times: list[float] = []
     for _ in range(repeats + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        times.append(milliseconds(run))
     return statistics.median(times[2:])
 
 

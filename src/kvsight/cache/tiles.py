@@ -23,7 +23,7 @@ from kvsight.ops.attend.tiles import FoldedTiles, fold, tileable
 from kvsight.ops.attend.tiles_op import attend_tiles_op, widths
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
 from kvsight.ops.encode.op import encode_tiles_op
-from kvsight.ops.encode.tiles import Encoder, TileWriter, fold_encoder, write_tiles_ref
+from kvsight.ops.encode.tiles import Encoder, FoldedEncoder, TileWriter, fold_encoder, write_tiles_ref
 from kvsight.packing import pack_row, unpack_row
 from kvsight.tiling import TOKENS, Rows, Tiling
 
@@ -87,9 +87,7 @@ class Tiles:
         # counted on the device, so that a graph of launches can be replayed
         self.seen.add_(new)
         if torch.compiler.is_compiling():
-            maps = [*self.encoders[0].maps, *self.encoders[1].maps]
-            numbers = [widths(side.tilings) for side in self.encoders]
-            encode_tiles_op(k, v, *self.tiles, maps, *numbers, self.seen, self.first)
+            encode_tiles_op(k, v, *self.tiles, *_numbers(*self.encoders), self.seen, self.first)
         elif k.is_cuda:
             if self._writer is None:
                 self._writer = TileWriter.of(*self.encoders, *self.tiles)
@@ -155,10 +153,8 @@ class Tiles:
             )
         key, value = self.bare
         exact = [key.sinks, value.sinks] if self.first else []
-        maps = [*self.folded[0].maps, *self.folded[1].maps]
-        numbers = [widths(side.tilings) for side in self.folded]
         out: Tensor = attend_tiles_op(
-            q, *self.tiles, maps, *numbers, self.seen, exact, scaling, softcap, sink_logits
+            q, *self.tiles, *_numbers(*self.folded), self.seen, exact, scaling, softcap, sink_logits
         )
         return out
 
@@ -248,6 +244,13 @@ def check(state: SideState, x: Tensor) -> None:
 def many(q: Tensor, fresh: Fresh | None) -> bool:
     """Whether attention of these queries is torch's rather than the decoding kernel's."""
     return fresh is not None or q.shape[2] > MOST_NEW
+
+
+def _numbers(
+    keys: FoldedTiles | FoldedEncoder, values: FoldedTiles | FoldedEncoder
+) -> tuple[list[Tensor], list[int], list[int]]:
+    """Maps of both sides, and widths of keys and of values, as operators take them."""
+    return [*keys.maps, *values.maps], widths(keys.tilings), widths(values.tilings)
 
 
 def _both(key: SideState, value: SideState) -> tuple[tuple[SideState, Rows], tuple[SideState, Rows]]:

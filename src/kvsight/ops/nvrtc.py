@@ -14,6 +14,8 @@ from kvsight.errors import KVSightError
 # what kernels call the types of keys, values and queries
 NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 NUMBERS_SOURCE = Path(__file__).with_name("numbers.cuh")
+# what a multiprocessor has of shared memory since Hopper, and what every block takes of it unasked
+SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class Kernel:
 def _launcher() -> Any:
     # loading the driver's library takes longer than a launch
     return torch.cuda._utils._get_gpu_runtime_library().cuLaunchKernel
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; a few where an emulator stands for it."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def joined(sources: Sequence[Path], macros: tuple[tuple[str, int | str], ...]) -> str:

@@ -15,7 +15,15 @@ from kvsight.errors import KVSightError
 from kvsight.ops.attend.maps import chunk_tables, key_maps, most_products, value_maps
 from kvsight.ops.attend.schedule import schedule
 from kvsight.ops.attend.tiles import FoldedTiles
-from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, Kernel, compiled
+from kvsight.ops.nvrtc import (
+    NUMBERS,
+    NUMBERS_SOURCE,
+    RESERVED_BYTES,
+    SHARED_BYTES,
+    Kernel,
+    compiled,
+    multiprocessors,
+)
 from kvsight.tiling import CHUNK, TOKENS
 
 _NAMES = ("intrinsics.cuh", "tiles.cuh", "maps.cuh", "products.cuh", "tiles.cu")
@@ -24,9 +32,7 @@ SOURCES = (NUMBERS_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
 _ROWS = 4
 # the first compute capability that copies in bulk
 _HOPPER = (9, 0)
-# what a multiprocessor has of shared memory, and what every block takes of it unasked
-_SHARED, _RESERVED = 228 * 1024, 1024
-# as much of it as a warp can put to use, its barriers and feeds; an item but for its chunks, and a stream
+# as much shared memory as a warp can put to use, its barriers and feeds; an item without chunks, a stream
 _RING, _BARRIERS, _ITEM, _STREAM = 24 * 1024, 128 + 32, 96, 32
 # slots of a ring for each side
 _MOST_STAGES = 8
@@ -138,7 +144,7 @@ class Shape:
         light = self.row_tiles == 1 and self.value_blocks <= _LIGHT
         for blocks, warps in ((2, 8), (1, 8), (1, 4), (1, 2))[not light :]:
             bare = replace(self, warps=warps, ring=0, blocks=blocks)
-            room = _SHARED // blocks - _RESERVED
+            room = SHARED_BYTES // blocks - RESERVED_BYTES
             ring = (room - bare.shared_bytes) // warps // 128 * 128
             wanted = max(tile_bytes, bare.least_ring)
             if ring >= wanted:
@@ -356,7 +362,7 @@ class TileReader:
     def _setup(self, size: "_Size") -> "_Setup":
         device = self.heads.device
         shape = self._shape(size)
-        blocks = size.workers or shape.blocks * _multiprocessors(device)
+        blocks = size.workers or shape.blocks * multiprocessors(device)
         parts = schedule(self.costs, size.batch, size.tiles, blocks, entry=_ENTRY_COST, exact=size.exact)
         stages = [
             shape.stages(k.nbytes, v.nbytes) for k, v in zip(*(s.tilings for s in self.sides), strict=True)
@@ -437,13 +443,6 @@ def reads_tiles(device: torch.device, dtype: torch.dtype) -> bool:
     ):
         return False
     return torch.cuda.get_device_capability(device) >= _HOPPER
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=64)

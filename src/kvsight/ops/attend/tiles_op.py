@@ -4,8 +4,9 @@ Eager calls skip it, and with it the dispatcher's cost.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,35 @@ from kvsight.ops.attend.tiles import FoldedTiles
 from kvsight.ops.attend.tiles_ref import attend_tiles_ref
 from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling
 
-_MOST_READERS = 256
+_T = TypeVar("_T")
+_MOST = 256
+
+
+class Shared(Generic[_T]):
+    """What a graph's calls share from step to step, made once for tiles and maps where they lie.
+
+    Maps are kept alive, so that their addresses tell them apart; the latest stay.
+    """
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[tuple[object, ...], tuple[_T, Sequence[Tensor]]] = OrderedDict()
+
+    def get(
+        self,
+        tiles: Sequence[Tensor],
+        maps: Sequence[Tensor],
+        others: tuple[object, ...],
+        make: Callable[[], _T],
+    ) -> _T:
+        """What was made for the same tiles, maps and other numbers, or ``make()``."""
+        places = tuple((t.data_ptr(), *t.shape, *t.stride()) for t in tiles)
+        key = places, tuple(m.data_ptr() for m in maps), others
+        if key not in self._found:
+            self._found[key] = make(), list(maps)
+            if len(self._found) > _MOST:
+                self._found.popitem(last=False)
+        self._found.move_to_end(key)
+        return self._found[key][0]
 
 
 @torch.library.custom_op("kvsight::attend_tiles", mutates_args=())
@@ -51,7 +80,7 @@ def attend_tiles_op(  # noqa: PLR0913
     if q.is_cuda:
         # as many as there is room for: the kernel counts them itself
         tokens = TOKENS * key_tiles[0].shape[1]
-        reader = _reader(key_tiles, value_tiles, maps, tuple(key_widths), tuple(value_widths), scaling)
+        reader = _reader(key_tiles, value_tiles, maps, key_widths, value_widths, scaling)
         call = reader.call(
             q.contiguous(), tokens, None, seen=seen, exact=kept, softcap=softcap, sink_logits=sink_logits
         )
@@ -99,26 +128,22 @@ def _folded(maps: Sequence[Tensor], numbers: Sequence[int], rows: Rows) -> Folde
     return FoldedTiles(tilings(numbers, matrix.shape[-1], rows), matrix, shift)
 
 
-# what a graph's calls share from step to step; maps are kept alive, so that their addresses tell them apart
-_readers: OrderedDict[tuple[object, ...], tuple[TileReader, Sequence[Tensor]]] = OrderedDict()
+_readers: Shared[TileReader] = Shared()
 
 
 def _reader(
     key_tiles: Sequence[Tensor],
     value_tiles: Sequence[Tensor],
     maps: Sequence[Tensor],
-    key_widths: tuple[int, ...],
-    value_widths: tuple[int, ...],
+    key_widths: Sequence[int],
+    value_widths: Sequence[int],
     scaling: float,
 ) -> TileReader:
-    places = tuple((t.data_ptr(), *t.shape, *t.stride()) for t in (*key_tiles, *value_tiles))
-    key = places, tuple(m.data_ptr() for m in maps), key_widths, value_widths, scaling
-    if key not in _readers:
+    def make() -> TileReader:
         keys = TiledTokens(_folded(maps[:2], key_widths, "tokens"), tuple(key_tiles), 0)
         values = TiledTokens(_folded(maps[2:], value_widths, "coordinates"), tuple(value_tiles), 0)
         # the caller keeps the tiles
-        _readers[key] = replace(TileReader.of(keys, values, scaling), tiles=()), list(maps)
-        if len(_readers) > _MOST_READERS:
-            _readers.popitem(last=False)
-    _readers.move_to_end(key)
-    return _readers[key][0]
+        return replace(TileReader.of(keys, values, scaling), tiles=())
+
+    others = tuple(key_widths), tuple(value_widths), scaling
+    return _readers.get((*key_tiles, *value_tiles), maps, others, make)

@@ -3,17 +3,14 @@
 Eager calls skip it, and with it the dispatcher's cost.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvsight.ops.attend.tiles_op import tilings
+from kvsight.ops.attend.tiles_op import Shared, tilings
 from kvsight.ops.encode.tiles import FoldedEncoder, TileWriter, write_tiles_ref
 from kvsight.tiling import Rows
-
-_MOST_WRITERS = 256
 
 
 @torch.library.custom_op("kvsight::encode_tiles", mutates_args=("key_tiles", "value_tiles"))
@@ -40,7 +37,7 @@ def encode_tiles_op(  # noqa: PLR0913
     """
     tiles = key_tiles, value_tiles
     if k.is_cuda:
-        _writer(tiles, maps, tuple(key_widths), tuple(value_widths)).write(k, v, seen, first)
+        _writer(tiles, maps, key_widths, value_widths).write(k, v, seen, first)
         return
     sides = _encoder(maps[:2], key_widths, "tokens"), _encoder(maps[2:], value_widths, "coordinates")
     write_tiles_ref(sides, tiles, k, v, int(seen) - k.shape[2] - first)
@@ -66,22 +63,17 @@ def _encoder(maps: Sequence[Tensor], numbers: Sequence[int], rows: Rows) -> Fold
     return FoldedEncoder(tilings(numbers, matrix.shape[-1], rows), matrix, shift)
 
 
-# as in ``ops.attend.tiles_op``
-_writers: OrderedDict[tuple[object, ...], tuple[TileWriter, Sequence[Tensor]]] = OrderedDict()
+_writers: Shared[TileWriter] = Shared()
 
 
 def _writer(
     tiles: tuple[Sequence[Tensor], Sequence[Tensor]],
     maps: Sequence[Tensor],
-    key_widths: tuple[int, ...],
-    value_widths: tuple[int, ...],
+    key_widths: Sequence[int],
+    value_widths: Sequence[int],
 ) -> TileWriter:
-    places = tuple((t.data_ptr(), *t.shape, *t.stride()) for side in tiles for t in side)
-    key = places, tuple(m.data_ptr() for m in maps), key_widths, value_widths
-    if key not in _writers:
+    def make() -> TileWriter:
         sides = _encoder(maps[:2], key_widths, "tokens"), _encoder(maps[2:], value_widths, "coordinates")
-        _writers[key] = TileWriter.of(*sides, *tiles), list(maps)
-        if len(_writers) > _MOST_WRITERS:
-            _writers.popitem(last=False)
-    _writers.move_to_end(key)
-    return _writers[key][0]
+        return TileWriter.of(*sides, *tiles)
+
+    return _writers.get((*tiles[0], *tiles[1]), maps, (tuple(key_widths), tuple(value_widths)), make)

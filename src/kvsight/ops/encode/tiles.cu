@@ -43,7 +43,6 @@ __device__ __forceinline__ void copy_async(void *to, const void *from) {
                  : "memory");
 }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-__device__ __forceinline__ float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 #endif
 
 // 16 coordinates of one head. The pieces of their codes (src/kvsight/tiling.py) are, from the lowest bit: the word of
@@ -162,14 +161,14 @@ __device__ __forceinline__ void split(Rows &rows, int step, int group, int half,
     const uint32_t bits[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
     float rest[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) rest[i] = bits_to_float(bits[i]);
+    for (int i = 0; i < 8; i++) rest[i] = __uint_as_float(bits[i]);
 #endif
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t pair = bf16_pair(rest[2 * i], rest[2 * i + 1]);
-            rest[2 * i] -= bits_to_float(pair << 16), rest[2 * i + 1] -= bits_to_float(pair & 0xffff0000u);
+            rest[2 * i] -= __uint_as_float(pair << 16), rest[2 * i + 1] -= __uint_as_float(pair & 0xffff0000u);
             rows.words[part][step][group][half][i] = pair;
         }
 #endif

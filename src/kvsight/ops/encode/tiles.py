@@ -10,7 +10,7 @@ between two levels. A token gets the same code in every launch, with few tokens 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -19,7 +19,14 @@ from torch import Tensor
 
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import steps, tiling_of
-from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, compiled
+from kvsight.ops.nvrtc import (
+    NUMBERS,
+    NUMBERS_SOURCE,
+    RESERVED_BYTES,
+    SHARED_BYTES,
+    compiled,
+    multiprocessors,
+)
 from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling, lane_bytes
 
 SOURCES = (NUMBERS_SOURCE, Path(__file__).with_name("tiles.cu"))
@@ -29,8 +36,6 @@ _STEP = 32
 _MAP_PARTS = 2
 # tiles that get a block of threads each; more are filled by warps
 _FEW_TILES = 512
-# of a multiprocessor of Hopper; every block takes 1 KB more than it asks for
-_SHARED_BYTES = 228 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +118,7 @@ class Shape:
 
     def fits(self, dim: int, image: int) -> bool:
         """Whether a multiprocessor has shared memory for ``per_sm`` blocks."""
-        return self.per_sm * (self.shared_bytes(dim, image) + 1024) <= _SHARED_BYTES
+        return self.per_sm * (self.shared_bytes(dim, image) + RESERVED_BYTES) <= SHARED_BYTES
 
 
 class _Side(ctypes.Structure):
@@ -210,7 +215,7 @@ class TileWriter:
         tiles = 2 * heads * batch * most_tiles(new)
         if shape is None:
             shape = few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, k.dtype, self.image)
-        blocks = shape.blocks(tiles, _multiprocessors(k.device))
+        blocks = shape.blocks(tiles, multiprocessors(k.device))
         macros, shared_bytes = self.macros(shape, k.dtype), shape.shared_bytes(dim, self.image)
         kernel = compiled(SOURCES, "encode_tiles", macros, shared_bytes)
         kernel.launch((blocks, 1, 1), _LANES * shape.warps, self.arguments(k, v, seen, first, blocks))
@@ -253,11 +258,6 @@ def _resident_bytes(dim: int) -> int:
     """The map of a head, and its ``Head``."""
     head = 32 + dim // CHUNK * 4 * (CHUNK + 2)
     return -(-head // 128) * 128 + -(-dim // _STEP) * _STEP * dim * _MAP_PARTS * 2
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _heads(side: FoldedEncoder, tiles: Sequence[Tensor]) -> Tensor:
