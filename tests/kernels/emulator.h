@@ -148,13 +148,8 @@ inline Barrier &barrier(const uint64_t *at) {
 inline void __syncthreads() {
     emulator::meet(emulator::all, (int)emulator::fibers.size(), [] {});
 }
-inline void __threadfence() {}
 template <class T> T __ldcg(const T *p) { return *p; }
-inline unsigned atomicAdd(unsigned *p, unsigned v) {
-    unsigned old = *p;
-    *p += v;
-    return old;
-}
+inline unsigned count_up(unsigned *at) { return (*at)++; }
 inline unsigned atomicOr(unsigned *p, unsigned v) {
     unsigned old = *p;
     *p |= v;
@@ -310,7 +305,8 @@ inline void barrier_expect(uint64_t *at, int bytes) {
     }
     b.armed = true, b.expected = bytes;
 }
-inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *at) {
+inline uint64_t cache_policy(bool) { return 0; }
+inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *at, uint64_t) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes <= 0) {
         fprintf(stderr, "a bulk copy of %d bytes is not aligned\n", bytes);
         abort();

@@ -33,14 +33,14 @@ _ROWS = 4
 # the first compute capability that copies in bulk
 _HOPPER = (9, 0)
 # as much shared memory as a warp can put to use, its barriers and feeds; an item without chunks, a stream
-_RING, _BARRIERS, _ITEM, _STREAM = 24 * 1024, 128 + 32, 96, 32
+_RING, _BARRIERS, _ITEM, _STREAM = 24 * 1024, 128 + 64, 96, 32
 # slots of a ring for each side
 _MOST_STAGES = 8
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16
 # bytes that could be read while a block, a tile apart from its blocks, or a part apart from its tiles is
 # worked on
-_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 2048, 200_000
+_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 4096, 300_000
 _MOST_ROW_TILES = 4
 MOST_ROWS = _ROWS * _MOST_ROW_TILES
 

@@ -8,6 +8,8 @@
 
 constexpr int PER_LANE = (HEAD_DIM + LANES - 1) / LANES;
 constexpr int MOST_STAGES = 8;
+// with more tiles than this for a warp others' lines have to leave the L2 cache anyway, and had better do so at once
+constexpr int PASSING = 32;
 // rows of sums of warps lie so that lanes write to banks of their own
 constexpr int SPREAD = VALUES + 8;
 // weights are kept below 2^16; a new reference puts the greatest at 2^13
@@ -38,12 +40,13 @@ __device__ __forceinline__ Stream stream_of(const Arguments &a, const Item &item
 struct alignas(16) Feed {
     const uint8_t *from;
     int bytes, left;
+    uint64_t policy;
     // Begins to fill a slot with the next tile, if there is one.
     __device__ __forceinline__ void next(void *slot, uint64_t *barrier) {
         const Feed now = *this;
         if (now.left <= 0) return;
         barrier_expect(barrier, now.bytes);
-        if (now.bytes) copy_bulk(slot, now.from, now.bytes, barrier);
+        if (now.bytes) copy_bulk(slot, now.from, now.bytes, barrier, now.policy);
         from = now.from + WARPS * now.bytes, left = now.left - 1;
     }
 };
@@ -184,7 +187,6 @@ __device__ __noinline__ void begin(const Arguments &a, const Item &item, const M
     const Number *rows = a.query + ((long long)item.sequence * a.head_count + item.head) * a.rows * HEAD_DIM;
     Query query;
     Operand operand;
-    // these would wait behind tiles
     query.load(rows, map.shift(), warp, a.rows);
     operand.load(map, min(warp, CHUNKS - 1), 0);
     const Stream stream = stream_of(a, item, m.total);
@@ -194,14 +196,18 @@ __device__ __noinline__ void begin(const Arguments &a, const Item &item, const M
     if (lane < 2) {
         const uint8_t *from = lane ? h.values + item.sequence * h.value_batch : h.keys + item.sequence * h.key_batch;
         const int bytes = lane ? stream.value_bytes : stream.key_bytes;
-        m.feeds[lane] = {from + (long long)first * bytes, bytes, tiles};
-        if (lane == 0) fill_slots(m.ring, m.feeds[0], stream.key_stages, m.barriers);
+        m.feeds[lane] = {from + (long long)first * bytes, bytes, tiles, cache_policy(tiles <= PASSING)};
     }
     for (int i = threadIdx.x; i < FRAGMENTS / 4; i += THREADS) ((int4 *)m.fragments)[i] = {};
     for (int row = warp; row < ROWS; row += WARPS) {
         if (row > warp) query.load(rows, map.shift(), row, a.rows);
         query.store(m, row);
     }
+    // the query is here, and the map on its way: they would have waited behind tiles
+    if (lane == 0) fill_slots(m.ring, m.feeds[0], stream.key_stages, m.barriers);
+    if (lane == 1)
+        fill_slots(m.ring + stream.key_stages * stream.key_bytes, m.feeds[1], stream.value_stages,
+                   m.barriers + MOST_STAGES);
     __syncthreads();
     fold_queries(a, item, m, map, operand);
 }
@@ -250,25 +256,20 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         barrier_wait(m.barriers + key_stage, phases >> key_stage & 1);
         score_kind(kinds & 0xffff, s, keys, (const uint2 *)m.fragments + lane, lane);
         __syncwarp();
-        if (lane == 0) {
-            m.feeds[0].next(keys, m.barriers + key_stage);
-            // not before, as keys would wait behind them
-            if (n == 0)
-                fill_slots(m.ring + stream.key_stages * stream.key_bytes, m.feeds[1], stream.value_stages,
-                           m.barriers + MOST_STAGES);
-        }
+        if (lane == 0) m.feeds[0].next(keys, m.barriers + key_stage);
         phases ^= 1u << key_stage;
         key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
         Weights p;
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
             const Row row = rows[4 * r];
-            float x[GROUPS][2], most = -INF;
+            const float factor = row.factor * 0.0625f;  // of rows g + 8
+            float x[GROUPS][2];
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
                 const int *c = s.sum[r][j];
                 x[j][0] = fmaf((float)(c[0] * 256 + c[1]), row.factor, row.offset);
-                x[j][1] = fmaf((float)(c[2] * 256 + c[3]) * 0.0625f, row.factor, row.offset);
+                x[j][1] = fmaf((float)(c[2] * 256 + c[3]), factor, row.offset);
             }
 #if SOFTCAP
 #pragma unroll
@@ -283,8 +284,9 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
                         const int at = token + 16 * j + 8 * i + g;
                         if (at < row.from || at >= row.to) x[j][i] = -INF;
                     }
+            float most = fmaxf(x[0][0], x[0][1]);
 #pragma unroll
-            for (int j = 0; j < GROUPS; j++) most = fmaxf(most, fmaxf(x[j][0], x[j][1]));
+            for (int j = 1; j < GROUPS; j++) most = fmaxf(most, fmaxf(x[j][0], x[j][1]));
             if (__builtin_expect(__any_sync(~0u, most - reference[r] > HEADROOM), 0)) {
 #pragma unroll
                 for (int step = 4; step < LANES; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
@@ -562,10 +564,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
         int *last = (int *)m.work;
         if (threadIdx.x == 0) {
             unsigned *done = a.done + (long long)item.sequence * a.head_count + item.head;
-            __threadfence();
-            *last = atomicAdd(done, 1u) == (unsigned)(item.coded + exact - 1);
+            *last = count_up(done) == (unsigned)(item.coded + exact - 1);
             if (*last) *done = 0;
-            __threadfence();
         }
         __syncthreads();
         if (!*last) return;
