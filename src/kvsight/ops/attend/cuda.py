@@ -41,8 +41,8 @@ _LIGHT = 16
 # bytes that could be read while a block, a tile apart from its blocks, or a part apart from its tiles is
 # worked on
 _BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 4096, 300_000
-_MOST_ROW_TILES = 4
-MOST_ROWS = _ROWS * _MOST_ROW_TILES
+# with more rows an item has no registers left, and with more of them a prefill is faster
+_MOST_ROW_TILES, MOST_ROWS = 2, 16
 
 _POINTERS = (
     "query",
@@ -132,12 +132,12 @@ class Shape:
         return -(-4 * max(coded, exact) // warps)
 
     def stages(self, keys: int, values: int) -> int:
-        """How many tiles of so many bytes a ring holds: of keys, and of values times 2^16."""
+        """How many tiles of so many bytes a ring holds: of keys, and of values times 2^8."""
         counts = [max(1, min(_MOST_STAGES, self.ring // max(keys + values, 1)))] * 2
         for i, size in enumerate((keys, values)):
             if counts[i] < _MOST_STAGES and counts[0] * keys + counts[1] * values + size <= self.ring:
                 counts[i] += 1
-        return counts[0] | counts[1] << 16
+        return counts[0] | counts[1] << 8
 
     def fitting(self, tile_bytes: int) -> "Shape":
         """With as many warps as have room for rings of K and V tiles of ``tile_bytes`` together."""
@@ -231,7 +231,7 @@ class _Size(NamedTuple):
     """What decides how a launch is set up: ``tiles`` about, ``workers`` and ``given`` as in ``call``."""
 
     batch: int
-    row_tiles: int
+    rows: int
     dtype: torch.dtype
     tiles: int
     exact: bool
@@ -244,10 +244,13 @@ class _Size(NamedTuple):
 class _Setup:
     """What launches of one size share: ``items`` [blocks, words] as the kernel's ``Item``, and scratch.
 
+    The rows of a KV head are in so many ``pieces``.
+
     Launches that share scratch follow one another on one stream.
     """
 
     shape: Shape
+    pieces: int
     maps: tuple[Tensor, Tensor]
     items: Tensor
     partial: Tensor
@@ -319,13 +322,12 @@ class TileReader:
         batch, query_heads, queries, dim = q.shape
         heads = len(self.sides[0].tilings)
         rows = query_heads // heads * queries
-        row_tiles = -(-rows // _ROWS)
-        if row_tiles > _MOST_ROW_TILES:
+        if rows > MOST_ROWS:
             raise KVSightError(f"a launch takes {MOST_ROWS} query rows a KV head; got {rows}.")
         first, last = (0, 0) if exact is None else (exact.first_keys.shape[2], exact.last_keys.shape[2])
         tiles = _coarse(max(1, -(-tokens // TOKENS) - skip // TOKENS))
         given = tuple((shape or {}).items())
-        size = _Size(batch, row_tiles, q.dtype, tiles, first + last > 0, bool(softcap), workers, given)
+        size = _Size(batch, rows, q.dtype, tiles, first + last > 0, bool(softcap), workers, given)
         if size not in self.setups:
             self.setups[size] = self._setup(size)
         setup = self.setups[size]
@@ -341,7 +343,7 @@ class TileReader:
             "out": q.new_empty(batch, queries, query_heads, dim),
             "partial": setup.partial,
             "masses": setup.masses,
-            "done": _counters(batch * heads, q.device),
+            "done": _counters(batch * heads * setup.pieces, q.device),
         }
         numbers = {
             "scaling": self.scaling,
@@ -363,15 +365,27 @@ class TileReader:
         device = self.heads.device
         shape = self._shape(size)
         blocks = size.workers or shape.blocks * multiprocessors(device)
-        parts = schedule(self.costs, size.batch, size.tiles, blocks, entry=_ENTRY_COST, exact=size.exact)
+        # heads of more rows than an item has are read more than once, at about the same time
+        pieces = -(-size.rows // shape.rows)
+        parts = schedule(
+            self.costs, size.batch * pieces, size.tiles, blocks, entry=_ENTRY_COST, exact=size.exact
+        )
         stages = [
             shape.stages(k.nbytes, v.nbytes) for k, v in zip(*(s.tilings for s in self.sides), strict=True)
         ]
-        rows = [(*item, stages[item.head]) for item in parts]
+        rows = [
+            (
+                item.sequence // pieces,
+                *item[1:],
+                stages[item.head] | item.sequence % pieces * shape.rows << 16,
+            )
+            for item in parts
+        ]
         items = torch.tensor(rows, dtype=torch.int32, device=device)
         heads = self.heads.view(torch.int32)[items[:, 1]]
         return _Setup(
             shape,
+            pieces,
             self._maps(shape.parts),
             torch.cat([items, heads], dim=-1),
             torch.empty((len(parts), shape.rows, shape.head_dim), dtype=torch.float32, device=device),
@@ -394,7 +408,7 @@ class TileReader:
             values.blocks,
             _kinds(keys),
             _kinds(values),
-            size.row_tiles,
+            min(-(-size.rows // _ROWS), _MOST_ROW_TILES),
             NUMBERS[size.dtype],
             size.softcap,
             **dict(size.given),

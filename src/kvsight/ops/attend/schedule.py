@@ -13,6 +13,10 @@ from typing import NamedTuple
 ONE = 1 << 20
 # a block of threads is worth its while from so many tiles
 _LEAST = 8
+# parts of unequal size leave blocks without work: they have to end so much earlier than equal ones
+_UNEVEN = 1.04
+# parts are ordered by their size to so many steps of the largest
+_STEPS = 50
 # largest parts that are tried, as shares of what a block would have of all work
 _SIZES = (0.3, 0.4, 0.5, 0.62, 0.75, 0.88, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 
@@ -48,12 +52,14 @@ def schedule(
     spans = [cost * tiles for cost in costs]
     share = batch * sum(spans) / blocks
     least = [min(1.0, _LEAST / tiles)] * len(spans)
-    tried = [
-        [_cuts(span, size * share, small, even) for span, small in zip(spans, least, strict=True)]
-        for size in _SIZES
-        for even in (True, False)
-    ]
-    best = min(tried, key=lambda cuts: _makespan(spans, cuts, batch, blocks, entry))
+    tried: list[tuple[float, list[list[float]]]] = []
+    for size in _SIZES:
+        for even, factor in ((True, 1.0), (False, _UNEVEN)):
+            cuts = [
+                _cuts(span, size * share, small, even) for span, small in zip(spans, least, strict=True)
+            ]
+            tried.append((factor * _makespan(spans, cuts, batch, blocks, entry), cuts))
+    _, best = min(tried, key=lambda pair: pair[0])
     items: list[tuple[float, Item]] = []
     slot = 0
     for sequence in range(batch):
@@ -67,8 +73,10 @@ def schedule(
             if exact:
                 items.append((0.0, Item(sequence, head, count, count, slot, 0, 0)))
             slot += count + exact
-    # sorting keeps the order of equals
-    return [item for _, item in sorted(items, key=lambda pair: -pair[0])]
+    step = max(size for size, _ in items) / _STEPS
+    # of parts of a size, those of different heads are neighbours: they need different things at a time
+    items.sort(key=lambda pair: (-round(pair[0] / step), pair[1].split, pair[1].sequence, pair[1].head))
+    return [item for _, item in items]
 
 
 def _cuts(span: int, largest: float, least: float, even: bool) -> list[float]:

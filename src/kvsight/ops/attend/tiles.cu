@@ -33,7 +33,7 @@ __device__ __forceinline__ Stream stream_of(const Arguments &a, const Item &item
     const int to = visible(a, total, item.sequence, a.queries - 1).coded1;
     const int tile0 = from / TOKENS, tiles = max(0, (to + TOKENS - 1) / TOKENS - tile0);
     return {tile0 + (int)((long long)tiles * item.from >> 20), tile0 + (int)((long long)tiles * item.to >> 20),
-            128 * key_words(item.h), 128 * value_words(item.h), item.stages & 0xffff, item.stages >> 16};
+            128 * key_words(item.h), 128 * value_words(item.h), item.key_stages, item.value_stages};
 }
 
 // What one side of a warp's ring is filled from: the next tile, and how many are left.
@@ -133,6 +133,7 @@ __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &ite
                                              Operand &operand) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, g = lane / 4, t = lane % 4;
     const Chunk *chunks = item.h.key_chunks + warp;
+    const int left = a.rows - item.row;
     float2 x[MINE][ROW_TILES];
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
@@ -161,7 +162,7 @@ __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &ite
         const float inverse = QUERY_RANGE * reciprocal(most);
         if (warp == 0 && g == 0) {
             const int row = 4 * n + t;
-            const Range range = visible(a, m.total, item.sequence, row < a.rows ? row % a.queries : 0);
+            const Range range = visible(a, m.total, item.sequence, row < left ? (item.row + row) % a.queries : 0);
             m.rows[row] = {most / QUERY_RANGE, m.rows[row].offset, range.coded0, range.coded1};
         }
 #pragma unroll
@@ -184,10 +185,12 @@ __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &ite
 __device__ __noinline__ void begin(const Arguments &a, const Item &item, const Memory m) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const Map map = {a.key_maps + (long long)item.head * MAP_BYTES};
-    const Number *rows = a.query + ((long long)item.sequence * a.head_count + item.head) * a.rows * HEAD_DIM;
+    const long long before = ((long long)item.sequence * a.head_count + item.head) * a.rows + item.row;
+    const Number *rows = a.query + before * HEAD_DIM;
+    const int left = a.rows - item.row;
     Query query;
     Operand operand;
-    query.load(rows, map.shift(), warp, a.rows);
+    query.load(rows, map.shift(), warp, left);
     operand.load(map, min(warp, CHUNKS - 1), 0);
     const Stream stream = stream_of(a, item, m.total);
     const Head &h = item.h;
@@ -200,7 +203,7 @@ __device__ __noinline__ void begin(const Arguments &a, const Item &item, const M
     }
     for (int i = threadIdx.x; i < FRAGMENTS / 4; i += THREADS) ((int4 *)m.fragments)[i] = {};
     for (int row = warp; row < ROWS; row += WARPS) {
-        if (row > warp) query.load(rows, map.shift(), row, a.rows);
+        if (row > warp) query.load(rows, map.shift(), row, left);
         query.store(m, row);
     }
     // the query is here, and the map on its way: they would have waited behind tiles
@@ -359,8 +362,10 @@ __device__ void attend_exact(const Arguments &a, const Item &item, const Memory 
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const long long owner = (long long)sequence * a.head_count + head;
     float *query = (float *)m.rings, *sums = query + ROWS * HEAD_DIM, *warp_mass = sums + WARPS * ROWS * HEAD_DIM;
+    const int left = a.rows - item.row;
+    const Number *rows = a.query + (owner * a.rows + item.row) * HEAD_DIM;
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS)
-        query[i] = i < a.rows * HEAD_DIM ? number(a.query[owner * a.rows * HEAD_DIM + i]) * a.scaling * LOG2E : 0.f;
+        query[i] = i < left * HEAD_DIM ? number(rows[i]) * a.scaling * LOG2E : 0.f;
     __syncthreads();
     float sum[ROWS][PER_LANE], reference[ROWS], mass[ROWS];
 #pragma unroll
@@ -393,7 +398,7 @@ __device__ void attend_exact(const Arguments &a, const Item &item, const Memory 
 #if SOFTCAP
             x = capped(x, a.softcap * LOG2E);
 #endif
-            const Range range = visible(a, m.total, sequence, r < a.rows ? r % a.queries : 0);
+            const Range range = visible(a, m.total, sequence, r < left ? (item.row + r) % a.queries : 0);
             const bool seen = early ? at >= range.first0 && at < range.first1 : at >= range.last0 && at < range.last1;
             if (!seen) continue;
             float next = fmaxf(reference[r], x), shrink = exp2_fast(reference[r] - next), p = exp2_fast(x - next);
@@ -479,8 +484,9 @@ __device__ __forceinline__ void normalise(const Arguments &a, const Item &item, 
 #pragma unroll 1
     for (int i = threadIdx.x; i < QUADS; i += THREADS) {
         const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
-        const bool real = row < a.rows, has_sink = real && a.sink_logits;
-        const float sink = has_sink ? a.sink_logits[item.head * group + row / a.queries] * LOG2E : NOTHING;
+        const bool real = item.row + row < a.rows, has_sink = real && a.sink_logits;
+        const int head = item.head * group + (item.row + row) / a.queries;
+        const float sink = has_sink ? a.sink_logits[head] * LOG2E : NOTHING;
         const float2 kept = exact ? tops[SHARES * ROWS + row] : make_float2(NOTHING, 0.f);
         float top = fmaxf(sink, kept.x), codes = 0.f;
 #pragma unroll 1
@@ -516,9 +522,10 @@ __device__ __forceinline__ void unfold(const Arguments &a, const Item &item, con
             if (chunk >= CHUNKS) continue;
             if (MINE > 1 && (i > 0 || n > 0)) operand.load(map, chunk, 0);
             const float2 product = multiply(map, chunk, operand, m.halves, n);
-            if (row >= a.rows) continue;
-            const long long token = (long long)item.sequence * a.queries + row % a.queries;
-            Number *to = a.out + (token * a.head_count * group + item.head * group + row / a.queries) * HEAD_DIM;
+            const int at = item.row + row;
+            if (at >= a.rows) continue;
+            const long long token = (long long)item.sequence * a.queries + at % a.queries;
+            Number *to = a.out + (token * a.head_count * group + item.head * group + at / a.queries) * HEAD_DIM;
             const float *kept = m.merged() + (SHARES * ROWS + row) * HEAD_DIM;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -563,7 +570,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     if (!alone) {
         int *last = (int *)m.work;
         if (threadIdx.x == 0) {
-            unsigned *done = a.done + (long long)item.sequence * a.head_count + item.head;
+            const int pieces = (a.rows + ROWS - 1) / ROWS;
+            unsigned *done = a.done + (item.sequence * a.head_count + item.head) * pieces + item.row / ROWS;
             *last = count_up(done) == (unsigned)(item.coded + exact - 1);
             if (*last) *done = 0;
         }

@@ -3,7 +3,7 @@
 //   KEY_BLOCKS        most blocks of any head's keys (src/kvsight/tiling.py);  VALUE_BLOCKS  of its values
 //   KEY_PRODUCTS      most matrix products that a tile of any head's keys takes for 16 tokens
 //   KEY_KINDS, VALUE_KINDS   KIND(i, n4, n2, n1) for each i: counts of blocks that heads have
-//   ROW_TILES         query rows of a KV head in fours
+//   ROW_TILES         query rows of an item in fours
 //   WARPS, RING       warps of a block, and bytes of shared memory that each of them streams through
 //   BLOCKS            blocks of threads that should fit one multiprocessor
 //   SOFTCAP           whether scores are capped (0, 1)
@@ -33,9 +33,11 @@ struct Head {
 };
 // What one block of threads does, part of a KV head's tokens: its coded tiles from `from` to `to` in units of 2^-20
 // of them all, or, where split == coded, its exact tokens. Partial results of a head lie behind one another from
-// `slot`. Rings hold `stages` tiles of keys (low 16 bits) and of values.
+// `slot`. It is for ROWS query rows at most, from `row`. Rings hold so many stages of keys and of values.
 struct Item {
-    int sequence, head, split, coded, slot, from, to, stages;
+    int sequence, head, split, coded, slot, from, to;
+    uint8_t key_stages, value_stages;
+    uint16_t row;
     Head h;
 };
 // Visible tokens of one query token: exact first ones, coded ones, exact last ones; each from, to. Later queries
@@ -61,7 +63,7 @@ struct Arguments {
     Number *out;                 // [B, queries, heads · rows / queries, HEAD_DIM]
     float *partial;              // [slots, ROWS, HEAD_DIM]
     float2 *masses;              // [slots, ROWS]: reference, sum
-    unsigned *done;              // [B, heads], zero
+    unsigned *done;              // [B, heads, ceil(rows / ROWS)], zero
     float scaling, softcap;      // of natural scores
     int head_count, rows, queries, first, last;
     int after;                   // newer query tokens than this launch has
