@@ -13,8 +13,8 @@ from typing import NamedTuple
 ONE = 1 << 20
 # a block of threads is worth its while from so many tiles
 _LEAST = 8
-# parts of unequal size leave blocks without work: they have to end so much earlier than equal ones
-_UNEVEN = 1.04
+# parts that begin behind others have to end so much earlier than those that all begin at once
+_BEHIND = 1.1
 # parts are ordered by their size to so many steps of the largest
 _STEPS = 50
 # largest parts that are tried, as shares of what a block would have of all work
@@ -53,11 +53,10 @@ def schedule(
     share = batch * sum(spans) / blocks
     least = [min(1.0, _LEAST / tiles)] * len(spans)
     tried: list[tuple[float, list[list[float]]]] = []
-    for size in _SIZES:
-        for even, factor in ((True, 1.0), (False, _UNEVEN)):
-            cuts = [
-                _cuts(span, size * share, small, even) for span, small in zip(spans, least, strict=True)
-            ]
+    for largest in _SIZES:
+        for even in (True, False):
+            cuts = [_cuts(span, largest * share, x, even) for span, x in zip(spans, least, strict=True)]
+            factor = 1.0 if batch * sum(map(len, cuts)) <= blocks else _BEHIND
             tried.append((factor * _makespan(spans, cuts, batch, blocks, entry), cuts))
     _, best = min(tried, key=lambda pair: pair[0])
     items: list[tuple[float, Item]] = []
