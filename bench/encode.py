@@ -74,7 +74,7 @@ def in_place(case: Case, bits: float, new: int) -> dict[str, Any]:
     writer = tiles._writer
     assert writer is not None
     ms = cold(lambda i: writer.write(k, v, seen, 0))
-    maps = sum(side.operands.nbytes for side in writer.sides)
+    maps = sum(operands.nbytes for operands in writer.operands)
     return {"ms": ms, "TB/s": (2 * k.nbytes + maps) / ms * 1e-9}
 
 
@@ -109,7 +109,7 @@ def filled(case: Case, bits: float, options: dict[str, int]) -> dict[str, Any]:
     rooms = [[tiling.nbytes for tiling in side.tilings] for side in encoders]
     shape = (case.batch, case.context // TOKENS)
     tiles = [[torch.empty(*shape, n, dtype=torch.uint8, device="cuda") for n in room] for room in rooms]
-    writer = TileWriter.of(*encoders, tiles[0], tiles[1])
+    writer = TileWriter.of(*encoders, tiles[0], tiles[1], torch.bfloat16)
     size = (case.batch, case.heads, case.context, case.dim)
     k, v = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     wrong = error(writer, (tiles[0], tiles[1]), k, v)
@@ -117,7 +117,7 @@ def filled(case: Case, bits: float, options: dict[str, int]) -> dict[str, Any]:
     form = replace(many_tokens(case.dim, k.dtype, writer.image), **options)
     ms = cold(lambda i: writer.write(k, v, seen, 0, form))
     moved = 2 * k.nbytes + sum(t.nbytes for side in tiles for t in side)
-    moved += sum(side.operands.nbytes for side in encoders)
+    moved += sum(operands.nbytes for operands in writer.operands)
     return {"bits": bits, "codes off": wrong, "ms": ms, "TB/s": moved / ms * 1e-9}
 
 

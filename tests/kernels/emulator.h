@@ -171,6 +171,12 @@ inline float __fadd_ru(float x, float y) {
     float rounded = (float)sum;
     return rounded < sum ? nextafterf(rounded, INF) : rounded;
 }
+inline float __fmaf_rz(float x, float y, float z) {
+    long double sum = (long double)x * y + z;
+    float rounded = (float)sum;
+    return rounded > sum ? nextafterf(rounded, -INF) : rounded;
+}
+inline float __saturatef(float x) { return x > 0.f ? fminf(x, 1.f) : 0.f; }
 inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t both = (uint64_t)b << 32 | a;
@@ -259,38 +265,10 @@ inline void mma_signed(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 inline void mma_unsigned(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     mma_8bit(c, a0, a1, a2, a3, b0, b1, false);
 }
-// two bf16 numbers in a word, rounded to nearest even
-inline uint32_t bf16_pair(float low, float high) {
-    auto bits = [](float x) {
-        uint32_t b = __float_as_uint(x);
-        return (b + 0x7fff + (b >> 16 & 1)) >> 16;
-    };
-    return bits(low) | bits(high) << 16;
-}
-// mma.m16n8k16 of bf16 numbers; sums are rounded once
-inline void mma_bf16(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    using namespace emulator;
-    int w = warp(), l = lane();
-    uint32_t mine[] = {a0, a1, a2, a3, b0, b1};
-    memcpy(brought[w][l], mine, sizeof mine);
-    memcpy(brought[w][l] + 6, c, 16);
-    meet_warp([w] {
-        float a[16][16], b[16][8];
-        auto number = [w](int lane, int word, int half) {
-            return bits_to_float(brought[w][lane][word] >> 16 * half << 16);
-        };
-        for (int row = 0; row < 16; row++)
-            for (int k = 0; k < 16; k++) a[row][k] = number(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2);
-        for (int k = 0; k < 16; k++)
-            for (int column = 0; column < 8; column++) b[k][column] = number(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
-        for (int i = 0; i < 32; i++)
-            for (int e = 0; e < 4; e++) {
-                double sum = bits_to_float(brought[w][i][6 + e]);
-                for (int k = 0; k < 16; k++) sum += (double)a[i / 4 + 8 * (e / 2)][k] * b[k][2 * (i % 4) + e % 2];
-                taken[w][i][e] = __float_as_uint((float)sum);
-            }
-    });
-    memcpy(c, taken[w][l], 16);
+// products of two bf16 numbers each; powers of two are all that is multiplied
+inline uint32_t bf16_products(uint32_t x, uint32_t y) {
+    auto product = [](uint32_t a, uint32_t b) { return __float_as_uint(bits_to_float(a) * bits_to_float(b)); };
+    return product(x << 16, y << 16) >> 16 | product(x & 0xffff0000u, y & 0xffff0000u) & 0xffff0000u;
 }
 inline void barrier_init(uint64_t *at) {
     *at = emulator::barriers.size();
@@ -326,6 +304,7 @@ inline void barrier_wait(uint64_t *at, uint32_t parity) {
     b = {{}, false, 0, b.completed + 1};
 }
 inline void copy_async(void *to, const void *from) { emulator::begun[emulator::current].push_back({to, from, 16}); }
+inline void fetch_line(const void *from) { (void)*(const volatile char *)from; }
 inline void copies_done() {
     for (auto &c : emulator::begun[emulator::current]) memcpy(c.to, c.from, c.bytes);
     emulator::begun[emulator::current].clear();
@@ -341,6 +320,13 @@ inline uint32_t two_halves(float low, float high) {
     uint32_t bits;
     memcpy(&bits, h, 4);
     return bits;
+}
+inline uint32_t two_halves_within(float low, float high) {
+    return two_halves(fminf(fmaxf(low, -65504.f), 65504.f), fminf(fmaxf(high, -65504.f), 65504.f));
+}
+inline uint32_t half_products_within(uint32_t x, uint32_t y) {
+    return two_halves_within(from_half((uint16_t)x) * from_half((uint16_t)y),
+                             from_half((uint16_t)(x >> 16)) * from_half((uint16_t)(y >> 16)));
 }
 inline float reciprocal(float x) { return 1.f / x; }
 // mma.m16n8k16 of 16-bit floats

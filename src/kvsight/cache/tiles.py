@@ -89,8 +89,8 @@ class Tiles:
         if torch.compiler.is_compiling():
             encode_tiles_op(k, v, *self.tiles, *_numbers(*self.encoders), self.seen, self.first)
         elif k.is_cuda:
-            if self._writer is None:
-                self._writer = TileWriter.of(*self.encoders, *self.tiles)
+            if self._writer is None or self._writer.dtype != k.dtype:
+                self._writer = TileWriter.of(*self.encoders, *self.tiles, k.dtype)
             self._writer.write(k, v, self.seen, self.first)
         else:
             write_tiles_ref(self.encoders, self.tiles, k, v, self.tokens)

@@ -30,16 +30,16 @@ def encode_tiles_op(  # noqa: PLR0913
     Args:
         k, v: [B, H, n, d].
         key_tiles, value_tiles: uint8 [B, tiles, nbytes] of each of H heads, with room for them.
-        maps: ``FoldedEncoder.map`` and ``shift`` of keys, then of values.
+        maps: ``FoldedEncoder.maps`` of keys, then of values.
         key_widths, value_widths: ``Tiling.widths`` of one head after another.
         seen: int32 [1], tokens of a sequence, the new ones included.
         first: how many of them have no codes.
     """
     tiles = key_tiles, value_tiles
     if k.is_cuda:
-        _writer(tiles, maps, key_widths, value_widths).write(k, v, seen, first)
+        _writer(tiles, maps, key_widths, value_widths, k.dtype).write(k, v, seen, first)
         return
-    sides = _encoder(maps[:2], key_widths, "tokens"), _encoder(maps[2:], value_widths, "coordinates")
+    sides = _encoder(maps[:3], key_widths, "tokens"), _encoder(maps[3:], value_widths, "coordinates")
     write_tiles_ref(sides, tiles, k, v, int(seen) - k.shape[2] - first)
 
 
@@ -59,8 +59,8 @@ def _(  # noqa: PLR0913
 
 
 def _encoder(maps: Sequence[Tensor], numbers: Sequence[int], rows: Rows) -> FoldedEncoder:
-    matrix, shift = maps
-    return FoldedEncoder(tilings(numbers, matrix.shape[-1], rows), matrix, shift)
+    halves, scale, shift = maps
+    return FoldedEncoder(tilings(numbers, halves.shape[-1], rows), halves, scale, shift)
 
 
 _writers: Shared[TileWriter] = Shared()
@@ -71,9 +71,10 @@ def _writer(
     maps: Sequence[Tensor],
     key_widths: Sequence[int],
     value_widths: Sequence[int],
+    dtype: torch.dtype,
 ) -> TileWriter:
     def make() -> TileWriter:
-        sides = _encoder(maps[:2], key_widths, "tokens"), _encoder(maps[2:], value_widths, "coordinates")
-        return TileWriter.of(*sides, *tiles)
+        sides = _encoder(maps[:3], key_widths, "tokens"), _encoder(maps[3:], value_widths, "coordinates")
+        return TileWriter.of(*sides, *tiles, dtype)
 
-    return _writers.get((*tiles[0], *tiles[1]), maps, (tuple(key_widths), tuple(value_widths)), make)
+    return _writers.get((*tiles[0], *tiles[1]), maps, (tuple(key_widths), tuple(value_widths), dtype), make)

@@ -2,8 +2,8 @@
 //
 // A code is the nearest of evenly spaced levels, so mean, map, lowest level and step are folded into one affine map.
 // It is multiplied by tensor cores: tokens are one operand (keys the first, values the second), so that a lane ends
-// with the codes whose bytes it writes. Tokens and map are sums of bf16 parts; every code is the same sum in the same
-// order, wherever its token lies in a launch.
+// with the codes whose bytes it writes. Tokens and map are halves (fp16 numbers), or sums of two; every code is the
+// same sum in the same order, wherever its token lies in a launch.
 //
 // Heads' tiles lie behind one another on a line, and a block of threads takes a slice of it. A team of warps does one
 // tile at a time, in shared memory: it begins with the other tokens' bits, or with zeros, and is stored as a whole.
@@ -11,6 +11,7 @@
 // Compiled at run time with these macros:
 //   HEAD_DIM      d
 //   NUMBER        type of keys and values (numbers.cuh)
+//   PARTS         halves that a number of keys and values, and of the map, is the sum of
 //   WARPS         of a block
 //   TEAM          warps that share a tile: 1 to fill tiles, all to be quick with a few tokens
 //   GROUPS        groups of 16 tokens that a warp multiplies at once
@@ -20,44 +21,68 @@
 constexpr int LANES = 32, CHUNK = 16, TOKENS = 64, THREADS = WARPS * LANES, CHUNKS = HEAD_DIM / CHUNK;
 // a lane reads 8 numbers of a token at once: two products of 16 coordinates
 constexpr int STEPS = (HEAD_DIM + 31) / 32, PRODUCTS = 2 * STEPS;
-// bf16 parts of a number of keys and values, and of the map
-constexpr int PARTS = NUMBER + 1, MAP_PARTS = 2;
-constexpr int CHUNK_VECTORS = PRODUCTS * MAP_PARTS * LANES;
+constexpr int CHUNK_VECTORS = PRODUCTS * PARTS * LANES;
 // with a team's warp for every chunk, its part of the map is on its way before anything else is known
 constexpr bool HELD = TEAM > 1 && TEAM >= CHUNKS && HEAD_DIM <= 128;
 
 #ifndef EMULATED
-__device__ __forceinline__ void mma_bf16(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                         uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+__device__ __forceinline__ void mma_half(float *c, const uint4 &a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+// two numbers in a word each; what is too large for a half becomes the largest one
+__device__ __forceinline__ uint32_t two_halves_within(float low, float high) {
     uint32_t y;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+__device__ __forceinline__ uint32_t half_products_within(uint32_t x, uint32_t y) {
+    uint32_t z;
+    asm("mul.rn.f16x2 %0, %1, %2; min.f16x2 %0, %0, %3; max.f16x2 %0, %0, %4;"
+        : "=&r"(z) : "r"(x), "r"(y), "r"(0x7bff7bffu), "r"(0xfbfffbffu));
+    return z;
+}
+__device__ __forceinline__ uint32_t bf16_products(uint32_t x, uint32_t y) {
+    uint32_t z;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+__device__ __forceinline__ float from_half(uint16_t bits) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
     return y;
 }
 __device__ __forceinline__ void copy_async(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
                  : "memory");
 }
+// on its way from memory to the L2 cache, without a register to wait for it
+__device__ __forceinline__ void fetch_line(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
-// 16 coordinates of one head. The pieces of their codes (src/kvsight/tiling.py) are, from the lowest bit: the word of
-// the tile where a block begins (16 bits); its size; its lowest bit; its place in a nibble (4 each); whether it is
-// left over (1). A size of 0 is no piece.
-struct Coordinates {
-    float shift[CHUNK];  // less a half: a code is x @ map + shift, rounded up
-    uint32_t pieces[2];
+// Bits of codes (src/kvsight/tiling.py): where they go in every word of a block; the word of the tile where the block
+// begins (16 bits), its size (4), how far codes turn right to get there (5), and from bit 28 whether it is left over.
+// A mask of 0 is no piece.
+struct Piece {
+    uint32_t mask, place;
+};
+// 16 coordinates of one head. A sum times `scale` plus `shift` is a code and a half in units of 2^width, which is a
+// little more than `limit`.
+struct alignas(16) Coordinates {
+    float shift[CHUNK];
+    float scale, limit;
+    Piece pieces[2];
 };
 // One side of one head: its tiles, bytes from one sequence to the next, bytes of a tile, chunks that have any bits,
-// words of blocks that fill their nibbles, words of 2-bit blocks left over.
-struct Store {
+// words of blocks that fill their nibbles, words of 2-bit blocks left over; what brings numbers into the range of
+// halves.
+struct alignas(16) Store {
     uint8_t *tiles;
     long long batch;
     int nbytes, chunks, whole, pairs;
+    float range;
 };
 struct Head {
     Store store;
@@ -67,7 +92,7 @@ constexpr int HEAD_BYTES = (sizeof(Head) + 127) / 128 * 128;
 struct Side {
     const Number *tokens;  // x[b, h, i, :] is `tokens + b · batch + h · head + i · token`
     const Head *heads;
-    const uint4 *map;      // [heads, CHUNKS, PRODUCTS, MAP_PARTS, LANES]
+    const uint4 *map;      // [heads, CHUNKS, PRODUCTS, PARTS, LANES]
     long long batch, head, token;
 };
 struct Arguments {
@@ -137,71 +162,82 @@ __device__ __forceinline__ void copy_words(uint8_t *to, const uint8_t *from, con
     }
 }
 
-// Rows g and g + 8 of groups of 16 tokens. A lane has numbers 8t to 8t + 7 of 32, two in a word.
+// Rows g and g + 8 of groups of 16 tokens, in the order of operands. A lane has numbers 8t to 8t + 7 of 32, two in a
+// word, four for each of two products.
 struct Rows {
-    uint32_t words[PARTS][STEPS][GROUPS][2][4];
+    uint32_t words[PARTS][PRODUCTS][GROUPS][4];
 };
 
-// Eight numbers as sums of bf16 parts.
-__device__ __forceinline__ void split(Rows &rows, int step, int group, int half, const Number *from) {
+// Eight numbers times a power of two, as halves.
+__device__ __forceinline__ void split(uint32_t (&pairs)[PARTS][4], const Number *from, float range) {
     const uint4 *wide = (const uint4 *)from;
-#if NUMBER == 0
     const uint4 x = wide[0];
-    uint32_t *out = rows.words[0][step][group][half];
-    out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
-#else
-#if NUMBER == 1
-    const uint4 x = wide[0];
-    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-    float rest[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) rest[i] = number((uint16_t)(pairs[i / 2] >> 16 * (i % 2)));
-#else
-    const uint4 x = wide[0], y = wide[1];
+#if NUMBER == 2
+    const uint4 y = wide[1];
     const uint32_t bits[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-    float rest[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) rest[i] = __uint_as_float(bits[i]);
-#endif
+    for (int i = 0; i < 4; i++) {
+        float low = __uint_as_float(bits[2 * i]) * range, high = __uint_as_float(bits[2 * i + 1]) * range;
 #pragma unroll
-    for (int part = 0; part < PARTS; part++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint32_t pair = bf16_pair(rest[2 * i], rest[2 * i + 1]);
-            rest[2 * i] -= __uint_as_float(pair << 16), rest[2 * i + 1] -= __uint_as_float(pair & 0xffff0000u);
-            rows.words[part][step][group][half][i] = pair;
+        for (int part = 0; part < PARTS; part++) {
+            const uint32_t pair = pairs[part][i] = two_halves_within(low, high);
+            low -= from_half((uint16_t)pair), high -= from_half((uint16_t)(pair >> 16));
         }
+    }
+#else
+    const uint32_t bits[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#if NUMBER == 1
+        pairs[0][i] = half_products_within(bits[i], two_halves_within(range, range));
+#else
+        const uint32_t pair = bf16_products(bits[i], __byte_perm(__float_as_uint(range), 0, 0x3232));
+        pairs[0][i] = two_halves_within(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+#endif
+    }
 #endif
 }
 
-// `tokens` is the row that the first token of the tile has, or would have.
+// `tokens` is the row that the first token of the tile has, or would have. Rows that are not new are those of others.
 __device__ __forceinline__ void load_rows(Rows &rows, const Number *tokens, long long stride, const Span &span,
-                                          int from, int lane) {
+                                          float range, int from, int lane) {
 #pragma unroll
     for (int group = 0; group < GROUPS; group++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int token = from + 16 * group + 8 * half + lane / 4, column = lane % 4 * 8;
+            const int wanted = from + 16 * group + 8 * half + lane / 4, column = lane % 4 * 8;
+            const int token = min(max(wanted, span.begin - span.at), span.end - span.at - 1);
             const Number *row = tokens + token * stride + column;
-            const bool real = span.has(token);
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
+                uint32_t pairs[PARTS][4] = {};
+                if (HEAD_DIM % 32 == 0 || 32 * step + column < HEAD_DIM) split(pairs, row + 32 * step, range);
 #pragma unroll
                 for (int part = 0; part < PARTS; part++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) rows.words[part][step][group][half][i] = 0;
-                if (real && (HEAD_DIM % 32 == 0 || 32 * step + column < HEAD_DIM))
-                    split(rows, step, group, half, row + 32 * step);
+                    for (int i = 0; i < 4; i++)
+                        rows.words[part][2 * step + i / 2][group][half + i % 2 * 2] = pairs[part][i];
             }
         }
+}
+
+// Have the rows near that `load_rows` will want next.
+__device__ __forceinline__ void fetch_rows(const Number *tokens, long long stride, const Span &span, int from,
+                                           int lane) {
+    constexpr int LINES = (HEAD_DIM * (int)sizeof(Number) + 127) / 128;
+#pragma unroll
+    for (int i = lane; i < 16 * GROUPS * LINES; i += LANES) {
+        const int token = min(max(from + i / LINES, span.begin - span.at), span.end - span.at - 1);
+        fetch_line((const char *)(tokens + token * stride) + i % LINES * 128);
+    }
 }
 
 // What 16 coordinates want besides tokens.
 template <bool KEYS> struct Chunk {
     const uint4 *map;
-    uint4 held[HELD ? PRODUCTS : 1][MAP_PARTS];
-    float shift[4];
-    uint32_t pieces[2];
+    uint4 held[HELD ? PRODUCTS : 1][PARTS];
+    float shift[4], scale, limit;
+    Piece pieces[2];
 
     __device__ __forceinline__ Chunk(const Head &h, const uint4 *all, int chunk, int lane) {
         map = all + chunk * CHUNK_VECTORS + lane;
@@ -209,29 +245,30 @@ template <bool KEYS> struct Chunk {
 #pragma unroll
             for (int i = 0; i < PRODUCTS; i++)
 #pragma unroll
-                for (int part = 0; part < MAP_PARTS; part++) held[i][part] = map[(i * MAP_PARTS + part) * LANES];
+                for (int part = 0; part < PARTS; part++) held[i][part] = map[(i * PARTS + part) * LANES];
         const Coordinates &own = h.coordinates[chunk];
         // keys: columns 4t to 4t + 3; values: rows g and g + 8
 #pragma unroll
         for (int i = 0; i < (KEYS ? 4 : 2); i++) shift[i] = own.shift[KEYS ? lane % 4 * 4 + i : lane / 4 + 8 * i];
+        scale = own.scale, limit = own.limit;
         pieces[0] = own.pieces[0], pieces[1] = own.pieces[1];
     }
     __device__ __forceinline__ uint4 operand(int product, int part) const {
-        return HELD ? held[product][part] : map[(product * MAP_PARTS + part) * LANES];
+        return HELD ? held[product][part] : map[(product * PARTS + part) * LANES];
     }
 };
 
 // Two products of one group of tokens. Keys: columns 0, 1 and 2, 3 of four, tokens g and g + 8. Values: tokens 2t,
 // 2t + 1 and those 8 behind, coordinates g and g + 8.
 template <bool KEYS>
-__device__ __forceinline__ void multiply(float (&y)[2][4], const uint32_t (&rows)[2][4], int s, const uint4 &m) {
-    const uint32_t x0 = rows[0][2 * s], x1 = rows[1][2 * s], x2 = rows[0][2 * s + 1], x3 = rows[1][2 * s + 1];
+__device__ __forceinline__ void multiply(float (&y)[2][4], const uint32_t (&x)[4], const uint4 &m) {
     if (KEYS) {
-        mma_bf16(y[0], x0, x1, x2, x3, m.x, m.y);
-        mma_bf16(y[1], x0, x1, x2, x3, m.z, m.w);
+        const uint4 rows = {x[0], x[1], x[2], x[3]};
+        mma_half(y[0], rows, m.x, m.y);
+        mma_half(y[1], rows, m.z, m.w);
     } else {
-        mma_bf16(y[0], m.x, m.y, m.z, m.w, x0, x2);
-        mma_bf16(y[1], m.x, m.y, m.z, m.w, x1, x3);
+        mma_half(y[0], m, x[0], x[2]);
+        mma_half(y[1], m, x[1], x[3]);
     }
 }
 
@@ -240,33 +277,34 @@ __device__ __forceinline__ void map_rows(float (&y)[GROUPS][2][4], const Rows &r
 #pragma unroll
     for (int group = 0; group < GROUPS; group++)
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 8; i++) y[group][i / 4][i % 4] = 0;
 #pragma unroll
-            for (int e = 0; e < 4; e++) y[group][n][e] = chunk.shift[KEYS ? 2 * n + e % 2 : e / 2];
+    for (int i = 0; i < PRODUCTS; i++)
 #pragma unroll
-    for (int i = 0; i < PRODUCTS; i++) {
-        const uint4 m[MAP_PARTS] = {chunk.operand(i, 0), chunk.operand(i, 1)};
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-#pragma unroll
+        for (int k = 0; k < PARTS; k++) {
+            const uint4 m = chunk.operand(i, k);
             // the last parts of both are beyond what the map is known to
-            for (int k = 0; k < (part == 2 ? 1 : MAP_PARTS); k++)
+#pragma unroll
+            for (int part = 0; part < (k ? 1 : PARTS); part++)
 #pragma unroll
                 for (int group = 0; group < GROUPS; group++)
-                    multiply<KEYS>(y[group], rows.words[part][i / 2][group], i % 2, m[k]);
-    }
+                    multiply<KEYS>(y[group], rows.words[part][i][group], m);
+        }
 }
 
-// The code in the lowest byte. What is added leaves no digits behind the point.
-__device__ __forceinline__ uint32_t rounded_up(float y, float most) {
-    return __float_as_uint(__fadd_ru(fminf(fmaxf(y, 0.f), most), 8388608.f));
+// The code in the lowest byte: what is added leaves no digits behind the point.
+__device__ __forceinline__ uint32_t code(float y, float scale, float shift, float limit) {
+    return __float_as_uint(__fmaf_rz(__saturatef(fmaf(y, scale, shift)), limit, 8388608.f));
 }
 
 // Codes of row g (first = 0) or g + 8 (first = 2), a byte for each column.
-template <bool KEYS> __device__ __forceinline__ uint32_t codes(const float (&y)[2][4], int first, float most) {
-    const uint32_t a = __byte_perm(rounded_up(y[0][first], most), rounded_up(y[0][first + 1], most), 0x40);
-    const uint32_t b = __byte_perm(rounded_up(y[1][first], most), rounded_up(y[1][first + 1], most), 0x40);
-    return __byte_perm(a, b, KEYS ? 0x5410 : 0x5140);
+template <bool KEYS>
+__device__ __forceinline__ uint32_t codes(const float (&y)[2][4], int first, const Chunk<KEYS> &chunk) {
+    uint32_t c[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        c[i] = code(y[i / 2][first + i % 2], chunk.scale, chunk.shift[KEYS ? i : first / 2], chunk.limit);
+    return __byte_perm(__byte_perm(c[0], c[1], 0x40), __byte_perm(c[2], c[3], 0x40), KEYS ? 0x5410 : 0x5140);
 }
 
 struct alignas(4 * GROUPS) Words {
@@ -292,30 +330,32 @@ __device__ __forceinline__ void add(uint32_t *words, const Words &bits) {
     }
 }
 
+__device__ __forceinline__ uint32_t turned_right(uint32_t x, uint32_t bits) { return x >> bits | x << (-bits & 31); }
+
 template <bool KEYS>
 __device__ __forceinline__ void pack(uint32_t *image, const float (&y)[GROUPS][2][4], const Chunk<KEYS> &chunk,
                                      const Words &own, int first_group, int lane) {
-    const int width = (chunk.pieces[0] >> 16 & 15) + (chunk.pieces[1] >> 16 & 15);
-    const float most = (float)((1 << width) - 1);
     uint32_t low[GROUPS], high[GROUPS];
 #pragma unroll
     for (int group = 0; group < GROUPS; group++)
-        low[group] = codes<KEYS>(y[group], 0, most), high[group] = codes<KEYS>(y[group], 2, most);
+        low[group] = codes<KEYS>(y[group], 0, chunk), high[group] = codes<KEYS>(y[group], 2, chunk);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const uint32_t piece = chunk.pieces[i];
-        const int size = piece >> 16 & 15, down = piece >> 20 & 15, up = piece >> 24 & 15;
-        if (!size) continue;
-        uint32_t *block = image + (piece & 0xffff);
-        const uint32_t mask = ((1u << size) - 1) * 0x01010101u;
+        const uint32_t mask = chunk.pieces[i].mask, place = chunk.pieces[i].place;
+        if (!mask) continue;
+        uint32_t *block = image + (place & 0xffff);
+        const uint32_t turn = place >> 20 & 31, turn_high = turn - 4 & 31;
         Words bits;
 #pragma unroll
         for (int group = 0; group < GROUPS; group++)
-            bits.of[group] = (((low[group] >> down & mask) | (high[group] >> down & mask) << 4) & own.of[group]) << up;
-        if (!(piece >> 28)) {
+            bits.of[group] = ((turned_right(low[group], turn) & 0x0f0f0f0fu) |
+                              (turned_right(high[group], turn_high) & 0xf0f0f0f0u)) &
+                             mask & own.of[group];
+        if (!(place >> 28)) {
             add(block + 4 * lane + first_group, bits);
         } else {
             // groups of tokens take the places of a nibble in turn
+            const int size = place >> 16 & 15;
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) {
                 const int group = first_group + j;
@@ -353,7 +393,9 @@ __device__ void encode_tile(const Head &head, const Store &h, const Number *toke
     for (int group = 0; group < TOKENS / 16; group += GROUPS) {
         if (!span.meets(16 * group, 16 * GROUPS)) continue;
         Rows rows;
-        load_rows(rows, tokens, stride, span, 16 * group, lane);
+        load_rows(rows, tokens, stride, span, h.range, 16 * group, lane);
+        if (TEAM == 1 && group + GROUPS < TOKENS / 16)
+            fetch_rows(tokens, stride, span, 16 * (group + GROUPS), lane);
         if (!begun) begin_tile<KEYS>(image, tile, h, span, warp, lane), begun = true;
         Words own;
 #pragma unroll
@@ -400,14 +442,21 @@ __device__ void encode_head(const Arguments &a, int head, int from, int to, unsi
     const Store &store = RESIDENT ? h->store : early;
     uint32_t *image = (uint32_t *)(memory + team * a.image);
     const int position = *a.seen - a.count - a.first, begin = max(position, 0);
+    const auto place = [&](int i) {
+        const int tile = begin / TOKENS + i % a.tiles;
+        return Span{tile * TOKENS, begin, position + a.count};
+    };
+    const auto row = [&](int i, const Span &span) {
+        return side.tokens + i / a.tiles * side.batch + head * side.head + (span.at - position) * side.token;
+    };
     for (int i = from + team; i < to; i += WARPS / TEAM) {
-        const int sequence = i / a.tiles, tile = begin / TOKENS + i % a.tiles;
-        const Span span = {tile * TOKENS, begin, position + a.count};
+        const Span span = place(i), next = place(i + WARPS / TEAM);
+        if (TEAM == 1 && i + WARPS / TEAM < to && next.at < next.end)
+            fetch_rows(row(i + WARPS / TEAM, next), side.token, next, 0, lane);
         if (span.at >= span.end) continue;
-        const Number *tokens =
-            side.tokens + sequence * side.batch + head * side.head + (span.at - position) * side.token;
-        uint8_t *out = store.tiles + sequence * store.batch + (long long)tile * store.nbytes;
-        encode_tile<KEYS>(*h, store, tokens, side.token, out, span, map, first, image);
+        uint8_t *out =
+            store.tiles + i / a.tiles * store.batch + (long long)(span.at / TOKENS) * store.nbytes;
+        encode_tile<KEYS>(*h, store, row(i, span), side.token, out, span, map, first, image);
     }
     if (RESIDENT) __syncthreads();
 }

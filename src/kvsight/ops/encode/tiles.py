@@ -1,17 +1,22 @@
 """What the tile encoder wants of a layer's codecs, and its launch on NVIDIA GPUs.
 
 Centring, the map to coordinates, the lowest level and the step of evenly spaced codebooks make one affine
-map: a code is the nearest integer to it, halfway down, within its width. The kernel multiplies bf16 parts
-of tokens and of the map, two of the map, and sums in fp32, so a code can differ by one from the
-reference's, which computes in fp64, where the number lies within 2^-16 Σ_i |x_i map_ij| of the middle
-between two levels. A token gets the same code in every launch, with few tokens or many.
+map: a code is the nearest integer to it, halfway down, within its width. Tensor cores multiply fp16 numbers
+("halves") and sum in fp32. The map is rounded to one half where tokens have 16 bits, and to two else. What
+rounding does to the codec's centre is taken off again, so with one half a number is within
+2^-11 Σ_i |(x_i - centre_i) map_ij| of the codec's own: an eighth of what rounding a token to bf16 may have
+done to it. Sums are within 2^-16 Σ_i |x_i map_ij|. Where the number lies closer to the middle between two
+levels, the code can differ by one from the reference's, which computes in fp64. A token gets the same code
+in every launch, with few tokens or many.
+
+bf16 and fp32 numbers are brought into fp16's range by a power of two for each head: numbers of up to 2^24
+steps of the finest coordinate are kept, and none moves a code by more than 2^-17 because it was small.
 """
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,7 +38,13 @@ SOURCES = (NUMBERS_SOURCE, Path(__file__).with_name("tiles.cu"))
 _LANES = 32
 # coordinates that a lane group reads of a token at once
 _STEP = 32
-_MAP_PARTS = 2
+# halves that hold a map nearly as well as fp32 does
+_PARTS = 2
+# words of the kernel's ``Store``, and of its ``Coordinates`` besides their shifts
+_STORE_WORDS, _CHUNK_WORDS = 12, 8
+# halves end at 2^16: a map's columns stay below 2^15, a number of one step is at most 2^-8
+_HALF_BITS = 15
+_STEP_BITS = 8
 # tiles that get a block of threads each; more are filled by warps
 _FEW_TILES = 512
 
@@ -52,36 +63,53 @@ class Encoder:
 
 @dataclass(frozen=True, eq=False)
 class FoldedEncoder:
-    """One side of a layer: codes are x @ map[h] + shift[h], rounded; [H, d, d] and [H, d], fp32."""
+    """One side of a layer: codes are x @ map[h] + shift[h], rounded.
+
+    The map is the first of two ``halves`` [H, 2, d, d], fp16, or the sum of both, times ``scale`` [H, d],
+    fp32, powers of two that 16 coordinates have in common. ``shift`` [H, 2, d], fp32: with one, and both.
+    """
 
     tilings: tuple[Tiling, ...]
-    map: Tensor
+    halves: Tensor
+    scale: Tensor
     shift: Tensor
 
     @property
-    def maps(self) -> tuple[Tensor, Tensor]:
-        """``map`` and ``shift``, as operators take them."""
-        return self.map, self.shift
+    def maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``halves``, ``scale`` and ``shift``, as operators take them."""
+        return self.halves, self.scale, self.shift
+
+    def map(self, parts: int) -> Tensor:
+        """[H, d, d], fp32."""
+        return self.halves[:, :parts].float().sum(1) * self.scale.unsqueeze(1)
 
     @cached_property
-    def operands(self) -> Tensor:
-        """``map`` in two bf16 parts as operands of tensor cores.
+    def range(self) -> Tensor:
+        """[H], fp32: the power of two that brings a token's numbers into the range of halves."""
+        exponent = torch.frexp(self.map(1).abs().sum(1).amax(-1)).exponent
+        return _power_of_two(exponent - _STEP_BITS)
 
-        [H, chunks, products, 2, 32, 8]: 16 coordinates, 16 rows of the map, part, lane, what a lane holds.
+    def operands(self, parts: int) -> Tensor:
+        """The first ``halves`` as operands of tensor cores.
+
+        [H, chunks, products, parts, 32, 8]: 16 coordinates, 16 rows of the map, part, lane, what it holds.
         """
-        heads, dim, columns = self.map.shape
-        rows = torch.nn.functional.pad(self.map, (0, 0, 0, -dim % _STEP))
-        high = rows.bfloat16()
-        parts = torch.stack([high, (rows - high.float()).bfloat16()])
+        heads, _, dim, columns = self.halves.shape
+        rows = torch.nn.functional.pad(self.halves[:, :parts], (0, 0, 0, -dim % _STEP))
         # a lane has numbers 8t to 8t + 7 of 32: four for each of two products, in two halves
-        split: Tensor = parts.view(_MAP_PARTS, heads, -1, 4, 2, 2, 2, columns)
+        split = rows.view(heads, parts, -1, 4, 2, 2, 2, columns)
         if self.tilings[0].rows == "tokens":
             # coordinate 4t + 2n + j is column 2t + j of product n: a lane gets four that lie together
-            split = split.view(*split.shape[:-1], -1, 4, 2, 2).permute(1, 7, 2, 4, 0, 8, 10, 3, 9, 5, 6)
+            split = split.view(*split.shape[:-1], -1, 4, 2, 2).permute(0, 7, 2, 4, 1, 8, 10, 3, 9, 5, 6)
         else:
             # coordinate 8r + g
-            split = split.view(*split.shape[:-1], -1, 2, 8).permute(1, 7, 2, 4, 0, 9, 3, 5, 8, 6)
-        return split.reshape(heads, columns // CHUNK, -1, _MAP_PARTS, _LANES, 8)
+            split = split.view(*split.shape[:-1], -1, 2, 8).permute(0, 7, 2, 4, 1, 9, 3, 5, 8, 6)
+        return split.reshape(heads, columns // CHUNK, -1, parts, _LANES, 8)
+
+
+def parts_of(dtype: torch.dtype) -> int:
+    """How many halves a number of the map is for tokens of ``dtype``."""
+    return 1 if dtype.itemsize == 2 else _PARTS
 
 
 @dataclass(frozen=True)
@@ -108,17 +136,17 @@ class Shape:
             ("PER_SM", self.per_sm),
         )
 
-    def shared_bytes(self, dim: int, image: int) -> int:
-        """Shared memory of a block, with tiles of ``image`` bytes."""
-        return self.resident * _resident_bytes(dim) + self.warps // self.team * image
+    def shared_bytes(self, dim: int, parts: int, image: int) -> int:
+        """Shared memory of a block, with maps of ``parts`` and tiles of ``image`` bytes."""
+        return self.resident * _resident_bytes(dim, parts) + self.warps // self.team * image
 
     def blocks(self, tiles: int, multiprocessors: int) -> int:
         """Blocks of threads for so many tiles."""
         return min(-(-tiles * self.team // self.warps), self.waves * self.per_sm * multiprocessors)
 
-    def fits(self, dim: int, image: int) -> bool:
+    def fits(self, dim: int, parts: int, image: int) -> bool:
         """Whether a multiprocessor has shared memory for ``per_sm`` blocks."""
-        return self.per_sm * (self.shared_bytes(dim, image) + RESERVED_BYTES) <= SHARED_BYTES
+        return self.per_sm * (self.shared_bytes(dim, parts, image) + RESERVED_BYTES) <= SHARED_BYTES
 
 
 class _Side(ctypes.Structure):
@@ -145,12 +173,12 @@ def fold_encoder(parts: Sequence[Encoder], rows: Rows) -> FoldedEncoder:
     """Fold the codecs of all heads of one side. Raises ``KVSightError`` for heads that have no tiles."""
     heads = {head: (part, i) for part in parts for i, head in enumerate(part.coded.heads)}
     tilings = {id(part): tiling_of(part.coded, rows) for part in parts}
-    maps, shifts = zip(*(_fold_head(*heads[head]) for head in sorted(heads)), strict=True)
+    halves, scales, shifts = zip(*(_fold_head(*heads[head]) for head in sorted(heads)), strict=True)
     order = tuple(tilings[id(heads[head][0])] for head in sorted(heads))
-    return FoldedEncoder(order, torch.stack(maps), torch.stack(shifts))
+    return FoldedEncoder(order, torch.stack(halves), torch.stack(scales), torch.stack(shifts))
 
 
-def _fold_head(part: Encoder, head: int) -> tuple[Tensor, Tensor]:
+def _fold_head(part: Encoder, head: int) -> tuple[Tensor, Tensor, Tensor]:
     found = steps(part.coded)
     assert found is not None
     first, step = (t[min(head, len(t) - 1)] for t in found)
@@ -160,10 +188,30 @@ def _fold_head(part: Encoder, head: int) -> tuple[Tensor, Tensor]:
         matrix = part.matrix[min(head, len(part.matrix) - 1)].to(first)
     centre = matrix.new_zeros(dim) if part.shift is None else part.shift[min(head, len(part.shift) - 1)]
     stored = len(step)
-    folded, shift = matrix.new_zeros(dim, dim), matrix.new_zeros(dim)
+    folded, level = matrix.new_zeros(dim, dim), matrix.new_zeros(dim)
     folded[:, :stored] = matrix[:, :stored] / step
-    shift[:stored] = -(centre.to(first) @ matrix[:, :stored] + first) / step
-    return folded.float(), shift.float()
+    level[:stored] = -first / step
+    halves, scale = _in_halves(folded)
+    # by the map as it is rounded, so that the centre gets the codes that it should
+    shift = level - centre.to(first) @ (halves.to(first).cumsum(0) * scale)
+    return halves, scale.float(), shift.float()
+
+
+def _in_halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """[d, d] as halves [2, d, d] and powers of two [d] of its columns."""
+    largest = matrix.abs().amax(0).view(-1, CHUNK).amax(-1).repeat_interleave(CHUNK)
+    scale = _power_of_two(torch.frexp(largest).exponent - _HALF_BITS).to(matrix)
+    rest, halves = matrix / scale, []
+    for _ in range(_PARTS):
+        halves.append(rest.half())
+        rest = rest - halves[-1]
+    return torch.stack(halves), scale
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """fp32, exactly, on every device."""
+    # as far as normal numbers go
+    return (exponent.int().clamp(-126, 127) + 127 << 23).view(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +222,7 @@ class TileWriter:
     heads: tuple[Tensor, Tensor]
     operands: tuple[Tensor, Tensor]
     image: int
+    dtype: torch.dtype
 
     @classmethod
     def of(
@@ -182,16 +231,27 @@ class TileWriter:
         values: FoldedEncoder,
         key_tiles: Sequence[Tensor],
         value_tiles: Sequence[Tensor],
+        dtype: torch.dtype,
     ) -> "TileWriter":
-        """Into tiles [B, n, nbytes] of each head."""
+        """Into tiles [B, n, nbytes] of each head; tokens of ``dtype``."""
         most = max(tiling.nbytes for side in (keys, values) for tiling in side.tilings)
         # rounded up so that few kernels serve all layers
         image = max(1, -(-most // 1024)) * 1024
-        heads = _heads(keys, key_tiles), _heads(values, value_tiles)
-        return cls((keys, values), heads, (keys.operands, values.operands), image)
+        heads = _heads(keys, key_tiles, dtype), _heads(values, value_tiles, dtype)
+        parts = parts_of(dtype)
+        return cls((keys, values), heads, (keys.operands(parts), values.operands(parts)), image, dtype)
 
-    def macros(self, shape: Shape, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-        return (("HEAD_DIM", self.sides[0].map.shape[-1]), ("NUMBER", NUMBERS[dtype]), *shape.macros())
+    def macros(self, shape: Shape) -> tuple[tuple[str, int], ...]:
+        return (
+            ("HEAD_DIM", self.sides[0].halves.shape[-1]),
+            ("NUMBER", NUMBERS[self.dtype]),
+            ("PARTS", parts_of(self.dtype)),
+            *shape.macros(),
+        )
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Shared memory of a block."""
+        return shape.shared_bytes(self.sides[0].halves.shape[-1], parts_of(self.dtype), self.image)
 
     def arguments(self, k: Tensor, v: Tensor, seen: Tensor, first: int, blocks: int) -> Arguments:
         """For new tokens [B, H, n, d], ``aligned``; ``seen`` int32 [1] counts them already."""
@@ -209,6 +269,7 @@ class TileWriter:
         ``seen`` int32 [1] on the device counts them already, and ``first`` tokens that have no codes.
         """
         batch, heads, new, dim = k.shape
+        assert k.dtype is self.dtype
         if new == 0:
             return
         k, v = aligned(k), aligned(v)
@@ -216,8 +277,7 @@ class TileWriter:
         if shape is None:
             shape = few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, k.dtype, self.image)
         blocks = shape.blocks(tiles, multiprocessors(k.device))
-        macros, shared_bytes = self.macros(shape, k.dtype), shape.shared_bytes(dim, self.image)
-        kernel = compiled(SOURCES, "encode_tiles", macros, shared_bytes)
+        kernel = compiled(SOURCES, "encode_tiles", self.macros(shape), self.shared_bytes(shape))
         kernel.launch((blocks, 1, 1), _LANES * shape.warps, self.arguments(k, v, seen, first, blocks))
 
 
@@ -235,12 +295,12 @@ def few_tokens(dim: int) -> Shape:
 def many_tokens(dim: int, dtype: torch.dtype, image: int) -> Shape:
     """A tile of at most ``image`` bytes for a warp."""
     # registers hold all numbers of as many tokens
-    groups = 2 if dtype is torch.bfloat16 and dim <= 128 else 1
+    groups = 2 if dtype is not torch.float32 and dim <= 128 else 1
     per_sm = 2 if dtype is not torch.float32 and dim <= 128 else 1
     wanted = Shape(8, 1, groups, resident=True, per_sm=per_sm)
     shapes = wanted, replace(wanted, warps=8 * per_sm, per_sm=1), replace(wanted, per_sm=1)
     for shape in shapes:
-        if shape.fits(dim, image):
+        if shape.fits(dim, parts_of(dtype), image):
             return shape
     return replace(wanted, resident=False, per_sm=1)
 
@@ -254,34 +314,47 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _resident_bytes(dim: int) -> int:
+def _resident_bytes(dim: int, parts: int) -> int:
     """The map of a head, and its ``Head``."""
-    head = 32 + dim // CHUNK * 4 * (CHUNK + 2)
-    return -(-head // 128) * 128 + -(-dim // _STEP) * _STEP * dim * _MAP_PARTS * 2
+    head = 4 * (_STORE_WORDS + dim // CHUNK * (CHUNK + _CHUNK_WORDS))
+    return -(-head // 128) * 128 + -(-dim // _STEP) * _STEP * dim * parts * 2
 
 
-def _heads(side: FoldedEncoder, tiles: Sequence[Tensor]) -> Tensor:
+def _heads(side: FoldedEncoder, tiles: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The kernel's ``Head`` of every KV head, int32 words."""
-    # what is rounded up, not to the nearest
-    shifts = (side.shift - 0.5).cpu().view(torch.int32).view(len(tiles), -1, CHUNK).tolist()
+    # the range of fp16 tokens is a half itself
+    powers = side.range.clamp(2.0**-14, 2.0**15) if dtype is torch.float16 else side.range
+    widths = torch.tensor([tiling.widths for tiling in side.tilings], device=side.scale.device)
+    unit = _power_of_two(widths)
+    # a code and a half, rounded down
+    shifts = (side.shift[:, parts_of(dtype) - 1] + 0.5).unflatten(-1, (-1, CHUNK)) / unit.unsqueeze(-1)
+    scales = side.scale[:, ::CHUNK] / (unit * powers.unsqueeze(-1))
+    # a whole number of steps and no more is rounded down, too
+    limits = torch.nextafter(unit, torch.zeros_like(unit))
+    numbers = torch.cat([shifts, scales.unsqueeze(-1), limits.unsqueeze(-1)], dim=-1)
+    coordinates = numbers.cpu().view(torch.int32).tolist()
+    ranges = powers.cpu().view(torch.int32).tolist()
     rows: list[list[int]] = []
-    for tiling, own, shift in zip(side.tilings, tiles, shifts, strict=True):
+    for tiling, own, entries, number in zip(side.tilings, tiles, coordinates, ranges, strict=True):
         pieces: list[list[int]] = [[] for _ in tiling.widths]
         offset = whole = pairs = 0
         for group in tiling.groups:
             words = lane_bytes(group) * _LANES // 4
             for block in group:
-                alone = block.slot is None
-                place = block.size * (block.slot or 0) << 24 | alone << 28
-                pieces[block.chunk].append(offset | block.size << 16 | block.low << 20 | place)
+                up = block.size * (block.slot or 0)
+                mask = ((1 << block.size) - 1 << up) * 0x11111111
+                place = offset | block.size << 16 | (block.low - up) % 32 << 20 | (block.slot is None) << 28
+                pieces[block.chunk] += [mask, place]
             offset += words
             whole += words * (group[0].slot is not None)
             pairs += words * (group[0].slot is None and group[0].size == 2)
         start = torch.tensor([own.data_ptr(), own.stride(0)]).view(torch.int32).tolist()
-        counts = [tiling.nbytes, tiling.stored // CHUNK, whole, pairs]
-        coordinates = ((*s, *p, *[0] * (2 - len(p))) for s, p in zip(shift, pieces, strict=True))
-        rows.append([*start, *counts, *chain.from_iterable(coordinates)])
-    return torch.tensor(rows, dtype=torch.int32, device=tiles[0].device)
+        store = [*start, tiling.nbytes, tiling.stored // CHUNK, whole, pairs, number]
+        rows.append([*store, *[0] * (_STORE_WORDS - len(store))])
+        for entry, own_pieces in zip(entries, pieces, strict=True):
+            rows[-1] += [*entry, *own_pieces, *[0] * (_CHUNK_WORDS - 2 - len(own_pieces))]
+    heads = torch.tensor(rows).to(torch.int32)
+    return heads.to(tiles[0].device)
 
 
 def write_tiles_ref(
@@ -293,9 +366,11 @@ def write_tiles_ref(
 ) -> None:
     """``TileWriter.write`` in plain torch: tokens [B, H, n, d] become coded tokens ``at`` and behind."""
     from_tile, to_tile = at // TOKENS, -(-(at + k.shape[2]) // TOKENS)
+    parts = parts_of(k.dtype)
     for side, own, x in zip(sides, tiles, (k, v), strict=True):
+        maps, shifts = side.map(parts), side.shift[:, parts - 1]
         for head, (tiling, held) in enumerate(zip(side.tilings, own, strict=True)):
-            real = x[:, head].to(side.map) @ side.map[head] + side.shift[head]
+            real = x[:, head].to(maps) @ maps[head] + shifts[head]
             limits = [2**width - 1 for width in tiling.widths if width for _ in range(CHUNK)]
             most = torch.tensor(limits, device=x.device, dtype=real.dtype)
             new = (real[..., : tiling.stored] - 0.5).ceil().clamp_min(0).minimum(most).to(torch.uint8)
