@@ -13,8 +13,9 @@ from typing import NamedTuple
 ONE = 1 << 20
 # a block of threads is worth its while from so many tiles
 _LEAST = 8
-# parts that begin behind others have to end so much earlier than those that all begin at once
-_BEHIND = 1.1
+# parts that begin behind others have to end so much earlier than those that all begin at once, and
+# unequal parts so much earlier than equal ones
+_BEHIND, _UNEQUAL = 1.1, 1.04
 # parts are ordered by their size to so many steps of the largest
 _STEPS = 50
 # largest parts that are tried, as shares of what a block would have of all work
@@ -56,15 +57,16 @@ def schedule(
     for largest in _SIZES:
         for even in (True, False):
             cuts = [_cuts(span, largest * share, x, even) for span, x in zip(spans, least, strict=True)]
-            factor = 1.0 if batch * sum(map(len, cuts)) <= blocks else _BEHIND
+            at_once = batch * sum(map(len, cuts)) <= blocks
+            factor = _BEHIND if not at_once else 1.0 if even else _UNEQUAL
             tried.append((factor * _makespan(spans, cuts, batch, blocks, entry), cuts))
     _, best = min(tried, key=lambda pair: pair[0])
     items: list[tuple[float, Item]] = []
     slot = 0
     for sequence in range(batch):
-        for head, (span, cuts) in enumerate(zip(spans, best, strict=True)):
-            count, start = len(cuts), 0.0
-            for split, part in enumerate(cuts):
+        for head, (span, parts) in enumerate(zip(spans, best, strict=True)):
+            count, start = len(parts), 0.0
+            for split, part in enumerate(parts):
                 place = sequence, head, split, count, slot
                 stop = ONE if split + 1 == count else round(ONE * (start + part))
                 items.append((span * part, Item(*place, round(ONE * start), stop)))
