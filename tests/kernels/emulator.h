@@ -304,7 +304,6 @@ inline void barrier_wait(uint64_t *at, uint32_t parity) {
     b = {{}, false, 0, b.completed + 1};
 }
 inline void copy_async(void *to, const void *from) { emulator::begun[emulator::current].push_back({to, from, 16}); }
-inline void fetch_line(const void *from) { (void)*(const volatile char *)from; }
 inline void copies_done() {
     for (auto &c : emulator::begun[emulator::current]) memcpy(c.to, c.from, c.bytes);
     emulator::begun[emulator::current].clear();

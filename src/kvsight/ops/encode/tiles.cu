@@ -57,8 +57,6 @@ __device__ __forceinline__ void copy_async(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
                  : "memory");
 }
-// on its way from memory to the L2 cache, without a register to wait for it
-__device__ __forceinline__ void fetch_line(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
@@ -219,17 +217,6 @@ __device__ __forceinline__ void load_rows(Rows &rows, const Number *tokens, long
                         rows.words[part][2 * step + i / 2][group][half + i % 2 * 2] = pairs[part][i];
             }
         }
-}
-
-// Have the rows near that `load_rows` will want next.
-__device__ __forceinline__ void fetch_rows(const Number *tokens, long long stride, const Span &span, int from,
-                                           int lane) {
-    constexpr int LINES = (HEAD_DIM * (int)sizeof(Number) + 127) / 128;
-#pragma unroll
-    for (int i = lane; i < 16 * GROUPS * LINES; i += LANES) {
-        const int token = min(max(from + i / LINES, span.begin - span.at), span.end - span.at - 1);
-        fetch_line((const char *)(tokens + token * stride) + i % LINES * 128);
-    }
 }
 
 // What 16 coordinates want besides tokens.
@@ -394,8 +381,6 @@ __device__ void encode_tile(const Head &head, const Store &h, const Number *toke
         if (!span.meets(16 * group, 16 * GROUPS)) continue;
         Rows rows;
         load_rows(rows, tokens, stride, span, h.range, 16 * group, lane);
-        if (TEAM == 1 && group + GROUPS < TOKENS / 16)
-            fetch_rows(tokens, stride, span, 16 * (group + GROUPS), lane);
         if (!begun) begin_tile<KEYS>(image, tile, h, span, warp, lane), begun = true;
         Words own;
 #pragma unroll
@@ -442,21 +427,14 @@ __device__ void encode_head(const Arguments &a, int head, int from, int to, unsi
     const Store &store = RESIDENT ? h->store : early;
     uint32_t *image = (uint32_t *)(memory + team * a.image);
     const int position = *a.seen - a.count - a.first, begin = max(position, 0);
-    const auto place = [&](int i) {
-        const int tile = begin / TOKENS + i % a.tiles;
-        return Span{tile * TOKENS, begin, position + a.count};
-    };
-    const auto row = [&](int i, const Span &span) {
-        return side.tokens + i / a.tiles * side.batch + head * side.head + (span.at - position) * side.token;
-    };
     for (int i = from + team; i < to; i += WARPS / TEAM) {
-        const Span span = place(i), next = place(i + WARPS / TEAM);
-        if (TEAM == 1 && i + WARPS / TEAM < to && next.at < next.end)
-            fetch_rows(row(i + WARPS / TEAM, next), side.token, next, 0, lane);
+        const int sequence = i / a.tiles, tile = begin / TOKENS + i % a.tiles;
+        const Span span = {tile * TOKENS, begin, position + a.count};
         if (span.at >= span.end) continue;
-        uint8_t *out =
-            store.tiles + i / a.tiles * store.batch + (long long)(span.at / TOKENS) * store.nbytes;
-        encode_tile<KEYS>(*h, store, row(i, span), side.token, out, span, map, first, image);
+        const Number *tokens =
+            side.tokens + sequence * side.batch + head * side.head + (span.at - position) * side.token;
+        uint8_t *out = store.tiles + sequence * store.batch + (long long)tile * store.nbytes;
+        encode_tile<KEYS>(*h, store, tokens, side.token, out, span, map, first, image);
     }
     if (RESIDENT) __syncthreads();
 }
