@@ -198,7 +198,21 @@ def in_order(builder, a, b, d, input_precision, imprecise):
     return type(d)(total, d.dtype.scalar)
 
 
-def test_sums_in_fp32_are_as_good_as_torchs(monkeypatch):
+def small_scores(seed):
+    codecs = [rows((5,) * 16 + (4,) * 16 + (2,) * 32, gaussian, seed=seed)]
+    k, v = history(70, dim=64, seed=seed)
+    return draw(1, 1, 1, 64, seed=seed), coded(codecs, k), coded(codecs, v)
+
+
+def large_scores(seed):
+    k, v = history(100, seed=10 * seed)
+    q = 4 * draw(1, 8, 2, DIM, seed=seed)
+    return q, coded([CODECS["planes"]], k), coded([CODECS["channel groups"]], v)
+
+
+# parts of codes are added from the smallest on, where torch goes by coordinates
+@pytest.mark.parametrize(("case", "most"), [(small_scores, 1.3), (large_scores, 0.9)])
+def test_sums_in_fp32_are_as_good_as_torchs(monkeypatch, case, most):
     # one draw is luck: 2.4 times torch's error was seen on a GPU, where products are summed in order
     if DEVICE == "cpu":
         from triton.runtime.interpreter import InterpreterBuilder
@@ -206,14 +220,13 @@ def test_sums_in_fp32_are_as_good_as_torchs(monkeypatch):
         monkeypatch.setattr(InterpreterBuilder, "create_dot", in_order)
     squares = torch.zeros(2, dtype=torch.float64)
     for seed in range(6):
-        codecs = [rows((5,) * 16 + (4,) * 16 + (2,) * 32, gaussian, seed=seed)]
-        k, v = history(70, dim=64, seed=seed)
-        q, keys, values = draw(1, 1, 1, 64, seed=seed).to(DEVICE), [coded(codecs, k)], [coded(codecs, v)]
-        exact = plain(q, keys, values, torch.float64, scaling=0.3)
-        pair = run(q, keys, values), ref.attend(q, keys, values, scaling=0.3)
+        q, key, value = case(seed)
+        arguments = q.to(DEVICE), [key], [value]
+        exact = plain(*arguments, torch.float64, scaling=0.3)
+        pair = run(*arguments), ref.attend(*arguments, scaling=0.3)
         squares += torch.stack([(out.double() - exact).square().sum().cpu() for out in pair])
     ours, theirs = squares.sqrt().tolist()
-    assert ours < 1.3 * theirs
+    assert ours < most * theirs
 
 
 @pytest.mark.parametrize(("group", "count"), [(1, 1), (1, 16), (3, 2), (8, 5), (16, 1), (16, 16)])
@@ -271,7 +284,8 @@ def test_splits_meet_without_a_seam(splits):
     keys = [dense(k[:, :, :2]), coded([CODECS["planes"]], k[:, :, 2:])]
     values = [coded([CODECS["channel groups"]], v)]
     assert len(_cuts([2, 300], [300], splits)) == (2, 3, 4, 4, 6)[splits - 1]
-    check(4 * draw(1, 2, 2, DIM), keys, values, splits)
+    # rows enough that the largest error of torch is no luck
+    check(4 * draw(1, 8, 2, DIM), keys, values, splits)
 
 
 def test_cuts_cover_every_token_once_and_stay_inside_segments():

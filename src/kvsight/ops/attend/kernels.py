@@ -506,16 +506,7 @@ def _work(
         if KEYS == 1:
             keys = start_k + (token - tl.load(source_k + 2)) * stride_k
             s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            if NIBBLES_K:
-                octets = _bytes(keys, live, 0, count_n, NIBBLES_K)
-                s = _score(s, qn0, octets, 15, CODES)
-                s = _score(s, qn1, octets, 240, CODES)
-            if CRUMBS_K:
-                octets = _bytes(keys, live, count_n, count_c, CRUMBS_K)
-                s = _score(s, qc0, octets, 3, CODES)
-                s = _score(s, qc1, octets, 12, CODES)
-                s = _score(s, qc2, octets, 48, CODES)
-                s = _score(s, qc3, octets, 192, CODES)
+            # the smallest parts first: what is rounded then are small sums
             if BITS_K:
                 octets = _bytes(keys, live, count_n + count_c, count_b, BITS_K)
                 s = _score(s, qb0, octets, 1, CODES)
@@ -526,6 +517,16 @@ def _work(
                 s = _score(s, qb5, octets, 32, CODES)
                 s = _score(s, qb6, octets, 64, CODES)
                 s = _score(s, qb7, octets, 128, CODES)
+            if CRUMBS_K:
+                octets = _bytes(keys, live, count_n, count_c, CRUMBS_K)
+                s = _score(s, qc0, octets, 3, CODES)
+                s = _score(s, qc1, octets, 12, CODES)
+                s = _score(s, qc2, octets, 48, CODES)
+                s = _score(s, qc3, octets, 192, CODES)
+            if NIBBLES_K:
+                octets = _bytes(keys, live, 0, count_n, NIBBLES_K)
+                s = _score(s, qn0, octets, 15, CODES)
+                s = _score(s, qn1, octets, 240, CODES)
         elif KEYS == 0:
             x = _dense(source_k, batch, token, live, STORED_K, DIM_K, DENSE_ALIGN_K)
             s = _dot(qd, x.to(DENSE_K), "ieee")
