@@ -12,6 +12,7 @@ from kvsight.ops.encode.tiles import (
     FoldedEncoder,
     TileWriter,
     aligned,
+    encode_source,
     few_tokens,
     fold_encoder,
     many_tokens,
@@ -84,7 +85,7 @@ def write(emulated, layer, tiles, new, at, shape=None):
     dim, dtype = new[0].shape[3], new[0].dtype
     shape = shape or few_tokens(dim)
     k, v = (aligned(x) for x in new)
-    launch = emulated("encode_tiles.cpp", SOURCES, writer.macros(shape, dtype))
+    launch = emulated("encode_tiles.cpp", SOURCES, encode_source(shape, dim, dtype).macros)
     arguments = writer.arguments(k, v, seen, first, blocks)
     launch((blocks, 1, 1), arguments, shape.shared_bytes(dim, writer.image))
     return out

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import steps, tiling_of
+from kvsight.ops.builds import Source
 from kvsight.ops.nvrtc import (
     NUMBERS,
     NUMBERS_SOURCE,
@@ -184,14 +185,9 @@ class TileWriter:
         value_tiles: Sequence[Tensor],
     ) -> "TileWriter":
         """Into tiles [B, n, nbytes] of each head."""
-        most = max(tiling.nbytes for side in (keys, values) for tiling in side.tilings)
-        # rounded up so that few kernels serve all layers
-        image = max(1, -(-most // 1024)) * 1024
+        image = image_bytes(*keys.tilings, *values.tilings)
         heads = _heads(keys, key_tiles), _heads(values, value_tiles)
         return cls((keys, values), heads, (keys.operands, values.operands), image)
-
-    def macros(self, shape: Shape, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-        return (("HEAD_DIM", self.sides[0].map.shape[-1]), ("NUMBER", NUMBERS[dtype]), *shape.macros())
 
     def arguments(self, k: Tensor, v: Tensor, seen: Tensor, first: int, blocks: int) -> Arguments:
         """For new tokens [B, H, n, d], ``aligned``; ``seen`` int32 [1] counts them already."""
@@ -214,16 +210,31 @@ class TileWriter:
         k, v = aligned(k), aligned(v)
         tiles = 2 * heads * batch * most_tiles(new)
         if shape is None:
-            shape = few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, k.dtype, self.image)
+            shape = suited(tiles, dim, k.dtype, self.image)
         blocks = shape.blocks(tiles, multiprocessors(k.device))
-        macros, shared_bytes = self.macros(shape, k.dtype), shape.shared_bytes(dim, self.image)
-        kernel = compiled(SOURCES, "encode_tiles", macros, shared_bytes)
+        kernel = compiled(encode_source(shape, dim, k.dtype), shape.shared_bytes(dim, self.image))
         kernel.launch((blocks, 1, 1), _LANES * shape.warps, self.arguments(k, v, seen, first, blocks))
 
 
 def most_tiles(new: int) -> int:
     """The most tiles of a sequence that new tokens can touch, wherever they begin."""
     return (new + 2 * TOKENS - 2) // TOKENS
+
+
+def encode_source(shape: Shape, dim: int, dtype: torch.dtype) -> Source:
+    """The kernel for tokens of so many numbers."""
+    macros = ("HEAD_DIM", dim), ("NUMBER", NUMBERS[dtype]), *shape.macros()
+    return Source(SOURCES, "encode_tiles", macros)
+
+
+def image_bytes(*tilings: Tiling) -> int:
+    """Room for a tile of any head; rounded up so that few kernels serve all layers."""
+    return max(1, -(-max(tiling.nbytes for tiling in tilings) // 1024)) * 1024
+
+
+def suited(tiles: int, dim: int, dtype: torch.dtype, image: int) -> Shape:
+    """For so many tiles of both sides, of at most ``image`` bytes."""
+    return few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, dtype, image)
 
 
 def few_tokens(dim: int) -> Shape:
