@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from kvsight.ops import nvrtc
 from kvsight.ops.binaries import Binaries, kernel_folder
 from kvsight.ops.builds import Builds, Source, Target
 
@@ -227,3 +228,46 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     done = run(f"import warnings\nwarnings.simplefilter('ignore')\n{SLOW}{code}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split().count("k0") == 2
+
+
+class Library:
+    """What NVRTC does for ``compile_cuda``."""
+
+    def __init__(self):
+        self.options, self.alive = (), 0
+
+    def nvrtcCreateProgram(self, program, text, name, *headers):
+        self.alive += 1
+        self.text = text
+        return 0
+
+    def nvrtcCompileProgram(self, program, count, options):
+        self.options = tuple(options[:count])
+        return int(b"oops" in self.text)
+
+    def nvrtcDestroyProgram(self, program):
+        self.alive -= 1
+        return 0
+
+    def __getattr__(self, name):
+        found = b"line 1\nline 2\0" if "Log" in name else b"\x7fELF\0\0device code\0"
+
+        def call(program, out):
+            if name.endswith("Size"):
+                out._obj.value = len(found)
+            else:
+                out.raw = found
+            return 0
+
+        return call
+
+
+def test_device_code_comes_whole_and_a_log_with_the_error(monkeypatch):
+    library = Library()
+    monkeypatch.setattr(nvrtc, "_compiler", lambda: library)
+    options = ("--gpu-architecture=sm_90", "-G")
+    assert nvrtc.compile_cuda("fine", "f", options) == b"\x7fELF\0\0device code\0"
+    assert library.options == (b"--gpu-architecture=sm_90", b"-G")
+    with pytest.raises(RuntimeError, match=r"could not compile f with .*sm_90 -G: line 1\nline 2$"):
+        nvrtc.compile_cuda("oops", "f", options)
+    assert library.alive == 0

@@ -79,7 +79,7 @@ class Builds:
             # where threads cannot be had, whoever wants a kernel builds it
             with suppress(RuntimeError):
                 for _ in range(missing):
-                    threading.Thread(target=self._work, name="kvsight-build").start()
+                    threading.Thread(target=self._work, name="kvsight-build", daemon=False).start()
                     self._workers += 1
 
     def binary(self, source: Source, target: Target) -> bytes:

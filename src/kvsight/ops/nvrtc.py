@@ -63,7 +63,7 @@ def compile_cuda(text: str, name: str, options: tuple[str, ...]) -> bytes:
         listed = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if library.nvrtcCompileProgram(program, len(options), listed):
             log = _output(program, library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog)
-            raise KVSightError(
+            raise RuntimeError(
                 f"NVRTC could not compile {name} with {' '.join(options)}: "
                 f"{log.rstrip(bytes(1)).decode(errors='replace').strip()}"
             )
