@@ -33,7 +33,8 @@ def asked(monkeypatch):
 
     for module in (cuda, unpack, encoding):
         monkeypatch.setattr(module, "compiled", compiled)
-    cuda._kernel.cache_clear()
+    for module in (cuda, encoding):
+        module._kernel.cache_clear()
     monkeypatch.setattr("kvsight.cache.ahead.build_ahead", lambda sources, device: ahead.append(sources))
     monkeypatch.setattr("kvsight.integrations.hf.reads_tiles", lambda device, dtype: True)
     for module in (cuda, encoding):
@@ -44,7 +45,8 @@ def asked(monkeypatch):
     monkeypatch.setattr(prefill, "_piece", piece)
     monkeypatch.setattr(prefill._Map, "product", lambda self, x: x.float() @ self.matrix)
     yield ahead, launched
-    cuda._kernel.cache_clear()
+    for module in (cuda, encoding):
+        module._kernel.cache_clear()
 
 
 def step(cache, batch, new, dtype, softcap=None):

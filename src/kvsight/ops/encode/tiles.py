@@ -10,7 +10,7 @@ between two levels. A token gets the same code in every launch, with few tokens 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from kvsight.ops.nvrtc import (
     NUMBERS_SOURCE,
     RESERVED_BYTES,
     SHARED_BYTES,
+    Kernel,
     compiled,
     multiprocessors,
 )
@@ -212,13 +213,18 @@ class TileWriter:
         if shape is None:
             shape = suited(tiles, dim, k.dtype, self.image)
         blocks = shape.blocks(tiles, multiprocessors(k.device))
-        kernel = compiled(encode_source(shape, dim, k.dtype), shape.shared_bytes(dim, self.image))
+        kernel = _kernel(shape, dim, k.dtype, self.image)
         kernel.launch((blocks, 1, 1), _LANES * shape.warps, self.arguments(k, v, seen, first, blocks))
 
 
 def most_tiles(new: int) -> int:
     """The most tiles of a sequence that new tokens can touch, wherever they begin."""
     return (new + 2 * TOKENS - 2) // TOKENS
+
+
+@lru_cache(maxsize=64)
+def _kernel(shape: Shape, dim: int, dtype: torch.dtype, image: int) -> Kernel:
+    return compiled(encode_source(shape, dim, dtype), shape.shared_bytes(dim, image))
 
 
 def encode_source(shape: Shape, dim: int, dtype: torch.dtype) -> Source:
