@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvsight.ops.nvrtc import joined
+from kvsight.ops.builds import Source
 
 HERE = Path(__file__).parent
 
@@ -23,7 +23,7 @@ def emulated(tmp_path_factory):
     def build(harness, sources, macros):
         out = directory / f"{harness}{abs(hash((sources, macros)))}.so"
         source = out.with_suffix(".cu")
-        source.write_text(joined(sources, macros))
+        source.write_text(Source(sources, "", macros).text)
         options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f'-DKERNEL="{source}"']
         numbers = [f"-D{name}={value}" for name, value in macros if name == "NUMBER"]
         subprocess.run([compiler, *options, *numbers, "-o", out, HERE / harness], check=True)

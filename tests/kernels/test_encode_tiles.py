@@ -12,6 +12,7 @@ from kvsight.ops.encode.tiles import (
     FoldedEncoder,
     TileWriter,
     aligned,
+    encode_source,
     few_tokens,
     fold_encoder,
     many_tokens,
@@ -86,9 +87,12 @@ def write(emulated, layer, tiles, new, at, shape=None):
     writer = TileWriter.of(*layer.folded, out[:heads], out[heads:], new[0].dtype)
     shape = shape or few_tokens(new[0].shape[3])
     k, v = (aligned(x) for x in new)
-    launch = emulated("encode_tiles.cpp", SOURCES, writer.macros(shape))
+    launch = emulated(
+        "encode_tiles.cpp", SOURCES, encode_source(shape, new[0].shape[3], new[0].dtype).macros
+    )
     arguments = writer.arguments(k, v, seen, first, blocks)
-    launch((blocks, 1, 1), arguments, writer.shared_bytes(shape))
+    dim, parts = new[0].shape[3], parts_of(new[0].dtype)
+    launch((blocks, 1, 1), arguments, shape.shared_bytes(dim, parts, writer.image))
     return out
 
 

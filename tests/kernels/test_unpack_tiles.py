@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvsight.ops.attend.unpack import SOURCES, Unpacker, shared_bytes, unpack_ref
+from kvsight.ops.attend.unpack import SOURCES, Unpacker, shared_bytes, unpack_ref, unpack_source
 from kvsight.tiling import TOKENS, Tiling
 
 # all sizes, with and without pieces that are left over; a head without any bits
@@ -34,7 +34,7 @@ def test_unpacked_tiles_are_centred_codes(emulated, rows, dtype):
     else:
         unpacker = Unpacker.of(tilings, tiles, columns)
         out = torch.full_like(wanted, float("nan"))
-        launch = emulated("unpack_tiles.cpp", SOURCES, unpacker.macros(dtype))
+        launch = emulated("unpack_tiles.cpp", SOURCES, unpack_source(unpacker.columns, dtype).macros)
         arguments = unpacker.arguments(out, last, first, count)
         launch(unpacker.grid(last, count), arguments, shared_bytes(columns))
     assert torch.equal(out, wanted)

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 
 from kvsight.atomic import replace_file
 from kvsight.cache import side as sides
+from kvsight.cache.ahead import Ahead
 from kvsight.cache.monitor import Monitor, monitored
 from kvsight.cache.packed import Held, PackedKV, Reads
 from kvsight.cache.side import SideState
@@ -55,12 +56,13 @@ class PackedLayer(CacheLayerMixin):
         layer: LayerPlan,
         reads: Reads,
         raw_prefill: bool,
+        ahead: Ahead,
         monitor: Monitor | None = None,
         tiled: bool | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.layer, self.reads, self.raw_prefill = plan, layer, reads, raw_prefill
-        self.monitor, self.tiled = monitor, tiled
+        self.ahead, self.monitor, self.tiled = ahead, monitor, tiled
         self.tiles: Tiles | None = None
         self.key_state: SideState | None = None
         self.value_state: SideState | None = None
@@ -126,15 +128,19 @@ class PackedLayer(CacheLayerMixin):
 
     def _update_tiles(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         new, before = key_states.shape[2], self.cumulative_length
+        entered = self.tiles is None
         tiles, first = self._tiles(key_states, value_states)
-        tiles.append(key_states[:, :, first:], value_states[:, :, first:])
-        if self.monitor is not None and new > MOST_NEW:
-            self._look(self.monitor, *tiles.bare, key_states, value_states)
-        self.cumulative_length += new
         fresh = None
         if self.raw_prefill and new > 1:
             exact = min(tiles.first, before)
             fresh = Fresh(key_states, value_states, exact, before - exact)
+        if entered:
+            reads_codes = new > MOST_NEW if fresh is None else fresh.tokens > 0
+            self.ahead.start(key_states[:, :, first:], reads_codes=reads_codes)
+        tiles.append(key_states[:, :, first:], value_states[:, :, first:])
+        if self.monitor is not None and new > MOST_NEW:
+            self._look(self.monitor, *tiles.bare, key_states, value_states)
+        self.cumulative_length += new
         return (
             PackedKV(Held.in_tiles(tiles, 0, fresh), key_states, self.reads),
             PackedKV(Held.in_tiles(tiles, 1, fresh), value_states, self.reads),
@@ -318,7 +324,12 @@ class PackedCache(Cache):
         self.reads = Reads(plan)
         self.monitor = monitored(plan, monitor)
         planned = {layer.index: layer for layer in plan.layers}
-        template = DynamicCache(config=config_of(plan) if config is None else config).layers
+        config = config_of(plan) if config is None else config
+        text = config.get_text_config(decoder=True)
+        self.ahead = Ahead(
+            plan, getattr(text, "num_attention_heads", None), getattr(text, "attn_logit_softcapping", None)
+        )
+        template = DynamicCache(config=config).layers
         if not template or max(planned, default=0) >= len(template):
             raise KVSightError(
                 f"the plan has {len(planned)} cached layers, the config {len(template)}. "
@@ -338,7 +349,8 @@ class PackedCache(Cache):
                 f"layer {layer.index} is a {type(template).__name__}, which kvsight cannot pack. "
                 "Pass the config of the model that the plan was fitted to."
             )
-        return packed(self.plan, layer, self.reads, self.prefill == "raw", self.monitor, self.tiles)
+        raw = self.prefill == "raw"
+        return packed(self.plan, layer, self.reads, raw, self.ahead, self.monitor, self.tiles)
 
     def _packed_layers(self) -> Iterator[PackedLayer]:
         return (layer for layer in self.layers if isinstance(layer, PackedLayer))

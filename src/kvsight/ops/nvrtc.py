@@ -1,7 +1,7 @@
-"""CUDA C++ compiled at run time by NVRTC through torch, and launched with one structure as its argument."""
+"""CUDA C++ compiled at run time by torch's NVRTC, and launched with one structure as its argument."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from kvsight.errors import KVSightError
+from kvsight.ops.binaries import Binaries
+from kvsight.ops.builds import Builds, Source, Target
 
 # what kernels call the types of keys, values and queries
 NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -47,21 +49,72 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def joined(sources: Sequence[Path], macros: tuple[tuple[str, int | str], ...]) -> str:
-    """The text of source files, one behind another, after definitions of macros."""
-    defined = "".join(f"#define {name} {value}\n" for name, value in macros)
-    return defined + "\n".join(source.read_text(encoding="utf-8") for source in sources)
+def compile_cuda(text: str, name: str, options: tuple[str, ...]) -> bytes:
+    """Device code (cubin) of CUDA C++. Host work: it needs no context, and lets other threads run."""
+    # some of torch's own wrappers give PTX, which the driver compiles once more, in the launching thread
+    library = _compiler()
+    program = ctypes.c_void_p()
+    _check(
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), text.encode(), f"{name}.cu".encode(), 0, None, None
+        )
+    )
+    try:
+        listed = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if library.nvrtcCompileProgram(program, len(options), listed):
+            log = _output(program, library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog)
+            raise RuntimeError(
+                f"NVRTC could not compile {name} with {' '.join(options)}: "
+                f"{log.rstrip(bytes(1)).decode(errors='replace').strip()}"
+            )
+        return _output(program, library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN)
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _compiler() -> Any:
+    return torch.cuda._utils._get_gpu_rtc_library()
+
+
+def _output(program: ctypes.c_void_p, size_of: Any, get: Any) -> bytes:
+    size = ctypes.c_size_t()
+    _check(size_of(program, ctypes.byref(size)))
+    out = ctypes.create_string_buffer(size.value)
+    _check(get(program, out))
+    return out.raw
+
+
+def _check(result: int) -> None:
+    if result:
+        raise RuntimeError(f"NVRTC failed with error {result}")
+
+
+@lru_cache(maxsize=16)
+def _target(device: torch.device | int) -> Target:
+    version = ctypes.c_int(), ctypes.c_int()
+    _check(_compiler().nvrtcVersion(*map(ctypes.byref, version)))
+    major, minor = torch.cuda.get_device_capability(device)
+    compiler = f"NVRTC {version[0].value}.{version[1].value} of torch {torch.__version__}"
+    return Target(compiler, (f"--gpu-architecture=sm_{major}{minor}",))
+
+
+_builds = Builds(compile_cuda, Binaries())
+
+
+def build_ahead(sources: Iterable[Source], device: torch.device) -> None:
+    """Compile on threads what will be launched on a device; a launch waits for its own kernel only."""
+    _builds.start(sources, _target(device))
 
 
 @lru_cache(maxsize=256)
-def compiled(
-    sources: tuple[Path, ...], name: str, macros: tuple[tuple[str, int | str], ...], shared_bytes: int
-) -> Kernel:
-    """The kernel ``name`` of joined sources for the current device; compiled once per set of macros."""
+def compiled(source: Source, shared_bytes: int) -> Kernel:
+    """The kernel of a source for the current device; compiled once, also by earlier processes."""
     if not hasattr(torch.cuda, "_compile_kernel"):
         raise KVSightError(
             f"kernels are compiled by torch 2.9 or newer; this is torch {torch.__version__}."
         )
-    kernel = torch.cuda._compile_kernel(joined(sources, macros), name)
+    binary = _builds.binary(source, _target(torch.cuda.current_device()))
+    found: Any = torch.cuda._utils._cuda_load_module(binary, [source.name])
+    kernel = found[source.name]
     kernel.set_shared_memory_config(shared_bytes)
     return Kernel(kernel.func, shared_bytes)

@@ -14,7 +14,8 @@ from torch import Tensor
 from kvsight.errors import KVSightError
 from kvsight.ops.attend.maps import chunk_tables, key_maps, most_products, value_maps
 from kvsight.ops.attend.schedule import schedule
-from kvsight.ops.attend.tiles import FoldedTiles
+from kvsight.ops.attend.tiles import FoldedTiles, most_blocks
+from kvsight.ops.builds import Source
 from kvsight.ops.nvrtc import (
     NUMBERS,
     NUMBERS_SOURCE,
@@ -24,7 +25,7 @@ from kvsight.ops.nvrtc import (
     compiled,
     multiprocessors,
 )
-from kvsight.tiling import CHUNK, TOKENS
+from kvsight.tiling import CHUNK, TOKENS, Tiling
 
 _NAMES = ("intrinsics.cuh", "tiles.cuh", "maps.cuh", "products.cuh", "tiles.cu")
 SOURCES = (NUMBERS_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
@@ -269,12 +270,6 @@ class TileReader:
     maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
-    def largest(self) -> int:
-        """Bytes of the largest K and V tile of a head together."""
-        keys, values = (side.tilings for side in self.sides)
-        return max(k.nbytes + v.nbytes for k, v in zip(keys, values, strict=True))
-
-    @cached_property
     def costs(self) -> tuple[int, ...]:
         """What a K and a V tile of each head cost: bytes to read, and blocks to multiply in their units."""
         keys, values = (side.tilings for side in self.sides)
@@ -322,8 +317,6 @@ class TileReader:
         batch, query_heads, queries, dim = q.shape
         heads = len(self.sides[0].tilings)
         rows = query_heads // heads * queries
-        if rows > MOST_ROWS:
-            raise KVSightError(f"a launch takes {MOST_ROWS} query rows a KV head; got {rows}.")
         first, last = (0, 0) if exact is None else (exact.first_keys.shape[2], exact.last_keys.shape[2])
         tiles = _coarse(max(1, -(-tokens // TOKENS) - skip // TOKENS))
         given = tuple((shape or {}).items())
@@ -400,25 +393,46 @@ class TileReader:
         return self.maps[parts]
 
     def _shape(self, size: "_Size") -> Shape:
-        keys, values = self.sides
-        shape = Shape(
-            keys.matrix.shape[1],
-            keys.blocks,
-            most_products(keys.tilings),
-            values.blocks,
-            _kinds(keys),
-            _kinds(values),
-            min(-(-size.rows // _ROWS), _MOST_ROW_TILES),
-            NUMBERS[size.dtype],
-            size.softcap,
-            **dict(size.given),
-        )
-        return shape if shape.ring else shape.fitting(self.largest)
+        keys, values = (side.tilings for side in self.sides)
+        given = dict(size.given)
+        return shape_of(keys, values, size.rows, size.dtype, softcap=size.softcap, given=given)
 
 
-def _kinds(side: FoldedTiles) -> tuple[tuple[int, int, int], ...]:
+def _row_tiles(rows: int) -> int:
+    if rows > MOST_ROWS:
+        raise KVSightError(f"a launch takes {MOST_ROWS} query rows a KV head; got {rows}.")
+    return min(-(-rows // _ROWS), _MOST_ROW_TILES)
+
+
+def shape_of(
+    keys: Sequence[Tiling],
+    values: Sequence[Tiling],
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    softcap: bool,
+    given: Mapping[str, int] | None = None,
+) -> Shape:
+    """For tiles of these heads and so many query rows of each; ``given`` as ``shape`` of a call."""
+    shape = Shape(
+        CHUNK * len(keys[0].widths),
+        most_blocks(keys),
+        most_products(keys),
+        most_blocks(values),
+        _kinds(keys),
+        _kinds(values),
+        _row_tiles(rows),
+        NUMBERS[dtype],
+        softcap,
+        **(given or {}),
+    )
+    largest = max(k.nbytes + v.nbytes for k, v in zip(keys, values, strict=True))
+    return shape if shape.ring else shape.fitting(largest)
+
+
+def _kinds(tilings: Sequence[Tiling]) -> tuple[tuple[int, int, int], ...]:
     """The counts of blocks that heads have."""
-    return tuple(sorted({tiling.counts for tiling in side.tilings}))
+    return tuple(sorted({tiling.counts for tiling in tilings}))
 
 
 def _listed(kinds: Sequence[tuple[int, int, int]]) -> str:
@@ -428,7 +442,7 @@ def _listed(kinds: Sequence[tuple[int, int, int]]) -> str:
 def _heads(keys: TiledTokens, values: TiledTokens) -> Tensor:
     """The kernel's ``Head`` of every KV head, int64 [H, words]."""
     rows: list[list[int]] = []
-    listed = _kinds(keys.folded), _kinds(values.folded)
+    listed = _kinds(keys.folded.tilings), _kinds(values.folded.tilings)
     for head in range(len(keys.tiles)):
         k, v = keys.tiles[head], values.tiles[head]
         counts = [side.folded.tilings[head].counts for side in (keys, values)]
@@ -474,4 +488,9 @@ def attend_tiles(call: Call) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _kernel(shape: Shape) -> Kernel:
-    return compiled(SOURCES, "attend_tiles", shape.macros(), shape.shared_bytes)
+    return compiled(attend_source(shape), shape.shared_bytes)
+
+
+def attend_source(shape: Shape) -> Source:
+    """The kernel of a shape."""
+    return Source(SOURCES, "attend_tiles", shape.macros())

@@ -19,7 +19,7 @@ from kvsight.errors import KVSightError
 from kvsight.ops.attend.cuda import Exact, TiledTokens
 from kvsight.ops.attend.tiles import FoldedTiles
 from kvsight.ops.attend.unpack import Unpacker, middles
-from kvsight.tiling import CHUNK, TOKENS
+from kvsight.tiling import CHUNK, TOKENS, Tiling
 
 # centred codes that exist at once
 _PIECE_BYTES = 256 << 20
@@ -58,7 +58,7 @@ class PrefillReader:
     def of(cls, keys: TiledTokens, values: TiledTokens, scaling: float) -> "PrefillReader":
         """For tiles of both sides."""
         # kernels want keys and values of one width
-        columns = max(CHUNK, *(t.stored for side in (keys, values) for t in side.folded.tilings))
+        columns = columns_of(*keys.folded.tilings, *values.folded.tilings)
         (fold, offset), (unfold, shift) = (_centred(side.folded, columns) for side in (keys, values))
         k, v = (Unpacker.of(side.folded.tilings, side.tiles, columns) for side in (keys, values))
         return cls(k, v, scaling, _Map(fold.mT * scaling), offset * scaling, _Map(unfold), shift)
@@ -104,10 +104,10 @@ class PrefillReader:
         batch, query_heads, queries, _ = q.shape
         if query_heads % self.heads:
             raise KVSightError(f"{query_heads} query heads cannot share {self.heads} KV heads evenly.")
-        if kernel is None and (window is not None or softcap is not None or not self._fused(q)):
+        widest = max(self.columns, q.shape[-1])
+        if kernel is None and (window is not None or softcap is not None or not fused(q, widest)):
             kernel = "plain"
-        # without a kernel everything is in at least fp32
-        number = _compute(q.dtype) if kernel == "plain" else q.dtype
+        number = number_of(q.dtype, plain=kernel == "plain")
         call = _Call(self, tokens, skip, exact, window, softcap, sink_logits, kernel, number)
         begin = [0] * batch if hidden is None else hidden.tolist()
         at_once = max(_USUAL, _ROWS // query_heads)
@@ -120,12 +120,23 @@ class PrefillReader:
                 out[own, start : start + at_once] = mixed.transpose(1, 2)
         return out
 
-    def _fused(self, q: Tensor) -> bool:
-        """Whether torch has a kernel that tells masses."""
-        if not q.is_cuda:
-            return q.dtype != torch.float64
-        narrow = q.dtype.itemsize == 2 and max(self.columns, q.shape[-1]) <= _MOST_COLUMNS
-        return narrow and torch.cuda.get_device_capability(q.device) >= _FLASH
+
+def fused(like: Tensor, widest: int) -> bool:
+    """Whether torch has a kernel that tells masses, of tokens of at most ``widest`` numbers like these."""
+    if not like.is_cuda:
+        return like.dtype != torch.float64
+    narrow = like.dtype.itemsize == 2 and widest <= _MOST_COLUMNS
+    return narrow and torch.cuda.get_device_capability(like.device) >= _FLASH
+
+
+def number_of(dtype: torch.dtype, *, plain: bool) -> torch.dtype:
+    """What codes become: without a kernel everything is in at least fp32."""
+    return _compute(dtype) if plain else dtype
+
+
+def columns_of(*tilings: Tiling) -> int:
+    """Centred codes of a token, alike for all heads of both sides."""
+    return max(CHUNK, *(tiling.stored for tiling in tilings))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvsight.ops.builds import Source
 from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, compiled
 from kvsight.tiling import CHUNK, TOKENS, Tiling, lane_bytes
 
@@ -58,12 +59,9 @@ class Unpacker:
         grid = self.grid(own, count)
         shape = grid[2], grid[1], TOKENS * count, self.columns
         out = torch.empty(shape, dtype=dtype, device=self.table.device)
-        kernel = compiled(SOURCES, "unpack_tiles", self.macros(dtype), 0)
+        kernel = compiled(unpack_source(self.columns, dtype), 0)
         kernel.launch(grid, _THREADS, self.arguments(out, own, first, count))
         return out
-
-    def macros(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-        return (("COLUMNS", self.columns), ("NUMBER", NUMBERS[dtype]))
 
     def grid(self, own: slice, count: int) -> tuple[int, int, int]:
         return count, len(self.tiles), len(range(*own.indices(len(self.tiles[0]))))
@@ -73,6 +71,11 @@ class Unpacker:
         sequence, by_token = own.start or 0, self.tilings[0].rows == "tokens"
         pointers = self.table.data_ptr(), out.data_ptr()
         return Arguments(*pointers, sequence, first, count, len(self.tilings), by_token)
+
+
+def unpack_source(columns: int, dtype: torch.dtype) -> Source:
+    """The kernel that gives ``Unpacker.codes``."""
+    return Source(SOURCES, "unpack_tiles", (("COLUMNS", columns), ("NUMBER", NUMBERS[dtype])))
 
 
 def unpack_ref(

@@ -16,7 +16,7 @@ steps of the finest coordinate are kept, and none moves a code by more than 2^-1
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import steps, tiling_of
+from kvsight.ops.builds import Source
 from kvsight.ops.nvrtc import (
     NUMBERS,
     NUMBERS_SOURCE,
     RESERVED_BYTES,
     SHARED_BYTES,
+    Kernel,
     compiled,
     multiprocessors,
 )
@@ -234,24 +236,10 @@ class TileWriter:
         dtype: torch.dtype,
     ) -> "TileWriter":
         """Into tiles [B, n, nbytes] of each head; tokens of ``dtype``."""
-        most = max(tiling.nbytes for side in (keys, values) for tiling in side.tilings)
-        # rounded up so that few kernels serve all layers
-        image = max(1, -(-most // 1024)) * 1024
+        image = image_bytes(*keys.tilings, *values.tilings)
         heads = _heads(keys, key_tiles, dtype), _heads(values, value_tiles, dtype)
         parts = parts_of(dtype)
         return cls((keys, values), heads, (keys.operands(parts), values.operands(parts)), image, dtype)
-
-    def macros(self, shape: Shape) -> tuple[tuple[str, int], ...]:
-        return (
-            ("HEAD_DIM", self.sides[0].halves.shape[-1]),
-            ("NUMBER", NUMBERS[self.dtype]),
-            ("PARTS", parts_of(self.dtype)),
-            *shape.macros(),
-        )
-
-    def shared_bytes(self, shape: Shape) -> int:
-        """Shared memory of a block."""
-        return shape.shared_bytes(self.sides[0].halves.shape[-1], parts_of(self.dtype), self.image)
 
     def arguments(self, k: Tensor, v: Tensor, seen: Tensor, first: int, blocks: int) -> Arguments:
         """For new tokens [B, H, n, d], ``aligned``; ``seen`` int32 [1] counts them already."""
@@ -275,15 +263,36 @@ class TileWriter:
         k, v = aligned(k), aligned(v)
         tiles = 2 * heads * batch * most_tiles(new)
         if shape is None:
-            shape = few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, k.dtype, self.image)
+            shape = suited(tiles, dim, k.dtype, self.image)
         blocks = shape.blocks(tiles, multiprocessors(k.device))
-        kernel = compiled(SOURCES, "encode_tiles", self.macros(shape), self.shared_bytes(shape))
+        kernel = _kernel(shape, dim, k.dtype, self.image)
         kernel.launch((blocks, 1, 1), _LANES * shape.warps, self.arguments(k, v, seen, first, blocks))
 
 
 def most_tiles(new: int) -> int:
     """The most tiles of a sequence that new tokens can touch, wherever they begin."""
     return (new + 2 * TOKENS - 2) // TOKENS
+
+
+@lru_cache(maxsize=64)
+def _kernel(shape: Shape, dim: int, dtype: torch.dtype, image: int) -> Kernel:
+    return compiled(encode_source(shape, dim, dtype), shape.shared_bytes(dim, parts_of(dtype), image))
+
+
+def encode_source(shape: Shape, dim: int, dtype: torch.dtype) -> Source:
+    """The kernel for tokens of so many numbers."""
+    macros = ("HEAD_DIM", dim), ("NUMBER", NUMBERS[dtype]), ("PARTS", parts_of(dtype)), *shape.macros()
+    return Source(SOURCES, "encode_tiles", macros)
+
+
+def image_bytes(*tilings: Tiling) -> int:
+    """Room for a tile of any head; rounded up so that few kernels serve all layers."""
+    return max(1, -(-max(tiling.nbytes for tiling in tilings) // 1024)) * 1024
+
+
+def suited(tiles: int, dim: int, dtype: torch.dtype, image: int) -> Shape:
+    """For so many tiles of both sides, of at most ``image`` bytes."""
+    return few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, dtype, image)
 
 
 def few_tokens(dim: int) -> Shape:

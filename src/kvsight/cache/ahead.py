@@ -1,0 +1,90 @@
+"""Kernels that a cache in tiles is about to launch, compiled while its first layers still run."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from kvsight.errors import KVSightError
+from kvsight.formats import Row
+from kvsight.ops.attend.cuda import attend_source, shape_of
+from kvsight.ops.attend.prefill import columns_of, fused, number_of
+from kvsight.ops.attend.tiles import tiled_widths
+from kvsight.ops.attend.unpack import unpack_source
+from kvsight.ops.builds import Source
+from kvsight.ops.encode.tiles import encode_source, image_bytes, most_tiles, suited
+from kvsight.ops.nvrtc import build_ahead
+from kvsight.plan import LayerPlan, Plan, Side, side_retention
+from kvsight.tiling import Rows, Tiling
+
+_ROWS: dict[Side, Rows] = {"k": "tokens", "v": "coordinates"}
+
+
+class Ahead:
+    """What all layers of a plan launch in this step and in the next, which has one new token.
+
+    A launch that is not foreseen, such as one of several new tokens, compiles its kernel itself.
+    """
+
+    def __init__(self, plan: Plan, query_heads: int | None, softcap: float | None) -> None:
+        """For a model with so many query heads in every layer, or None where they are not known."""
+        self.plan, self.query_heads, self.softcap = plan, query_heads, softcap
+        self._asked: set[tuple[torch.device, torch.dtype, int]] = set()
+
+    def start(self, k: Tensor, *, reads_codes: bool) -> None:
+        """Where layers are about to code tokens k [B, H, n, d]; ``reads_codes`` as in ``sources``."""
+        if not k.is_cuda or torch.compiler.is_compiling():
+            return
+        asked = k.device, k.dtype, k.shape[0]
+        if asked not in self._asked:
+            self._asked.add(asked)
+            build_ahead(self.sources(k, reads_codes=reads_codes), k.device)
+
+    def sources(self, k: Tensor, *, reads_codes: bool) -> list[Source]:
+        """In the order in which they are wanted; ``reads_codes`` where torch's attention does it now."""
+        layers = [sides for layer in self.plan.layers if (sides := _tilings(self.plan, layer))]
+        found = [_encode(k, k.shape[2], *sides) for sides in layers if k.shape[2]]
+        if reads_codes:
+            found += [self._unpack(k, *sides) for sides in layers]
+        found += [_encode(k, 1, *sides) for sides in layers]
+        found += [source for sides in layers for source in self._attend(k.dtype, *sides)]
+        return list(dict.fromkeys(found))
+
+    def _unpack(self, k: Tensor, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]) -> Source:
+        columns = columns_of(*keys, *values)
+        plain = self.softcap is not None or not fused(k, max(columns, k.shape[3]))
+        return unpack_source(columns, number_of(k.dtype, plain=plain))
+
+    def _attend(
+        self, dtype: torch.dtype, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]
+    ) -> Iterator[Source]:
+        if self.query_heads is not None:
+            rows = self.query_heads // len(keys)
+            # the launch says what does not fit
+            with suppress(KVSightError):
+                yield attend_source(shape_of(keys, values, rows, dtype, softcap=bool(self.softcap)))
+
+
+def _encode(k: Tensor, new: int, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]) -> Source:
+    tiles, dim = 2 * len(keys) * k.shape[0] * most_tiles(new), k.shape[3]
+    return encode_source(suited(tiles, dim, k.dtype, image_bytes(*keys, *values)), dim, k.dtype)
+
+
+def _tilings(plan: Plan, layer: LayerPlan) -> tuple[tuple[Tiling, ...], tuple[Tiling, ...]] | None:
+    """Keys and values by head, as ``Tiles`` folds them; None for a layer that stays in rows.
+
+    Levels are not looked at: where a layer has tiles, others of the plan do.
+    """
+    out: list[tuple[Tiling, ...]] = []
+    for side, rows in _ROWS.items():
+        kept = side_retention(plan.retention(layer), layer.side(side))
+        tilings: dict[int, Tiling] = {}
+        for placement in layer.side(side):
+            form = placement.codec.format
+            widths = tiled_widths(form) if isinstance(form, Row) else None
+            if widths is None or kept.sliding is not None or kept.exact_last:
+                return None
+            tilings |= dict.fromkeys(placement.heads, Tiling(widths, rows))
+        out.append(tuple(tilings[head] for head in sorted(tilings)))
+    return out[0], out[1]

@@ -1,0 +1,105 @@
+"""The kernels that a cache asks for ahead are those that it launches."""
+
+import pytest
+import torch
+
+import kvsight
+from kvsight.ops.attend import cuda, prefill, unpack
+from kvsight.ops.encode import tiles as encoding
+
+LAYOUT = (("layout", "tiles"),)
+# two row tiles of queries
+QUERY_HEADS, HEADS, DIM = 12, 2, 16
+
+
+class Silent:
+    """A kernel that does nothing."""
+
+    def launch(self, grid, threads, arguments):
+        pass
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A machine that takes its CPU for a GPU: (kernels asked for ahead, kernels launched)."""
+    ahead, launched = [], []
+
+    def compiled(source, shared_bytes):
+        launched.append(source)
+        return Silent()
+
+    def piece(call, q, k, v, *rest):
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32)
+
+    for module in (cuda, unpack, encoding):
+        monkeypatch.setattr(module, "compiled", compiled)
+    for module in (cuda, encoding):
+        module._kernel.cache_clear()
+    monkeypatch.setattr("kvsight.cache.ahead.build_ahead", lambda sources, device: ahead.append(sources))
+    monkeypatch.setattr("kvsight.integrations.hf.reads_tiles", lambda device, dtype: True)
+    for module in (cuda, encoding):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    # what torch's own kernels would do
+    monkeypatch.setattr(prefill, "_piece", piece)
+    monkeypatch.setattr(prefill._Map, "product", lambda self, x: x.float() @ self.matrix)
+    yield ahead, launched
+    for module in (cuda, encoding):
+        module._kernel.cache_clear()
+
+
+def step(cache, batch, new, dtype, softcap=None):
+    """All layers get new tokens, and are attended to."""
+    for i in range(len(cache.layers)):
+        k, v = (torch.randn(batch, HEADS, new, DIM).to(dtype) for _ in range(2))
+        handle, _ = cache.update(k, v, i)
+        held = handle.held
+        if held.tiles is not None:
+            q = torch.randn(batch, QUERY_HEADS, new, DIM).to(dtype)
+            held.tiles.attend(q, scaling=0.25, softcap=softcap, fresh=held.fresh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "prefill_of", "dtype", "softcap"),
+    [
+        ((80,), 2, "packed", torch.bfloat16, None),
+        ((80,), 2, "packed", torch.float32, None),
+        ((80,), 2, "packed", torch.bfloat16, 5.0),
+        ((80,), 2, "raw", torch.float16, None),
+        ((40, 40), 2, "raw", torch.bfloat16, None),
+        # so many sequences that a prefill is coded by another kernel than a token
+        ((80,), 100, "packed", torch.bfloat16, None),
+        # but not if its exact tokens are left out
+        ((67,), 50, "packed", torch.bfloat16, None),
+        # the 64th token comes alone, and behind exact ones
+        ((66, 1), 1, "packed", torch.bfloat16, None),
+    ],
+)
+def test_what_is_asked_for_is_what_is_launched(asked, plan, sizes, batch, prefill_of, dtype, softcap):
+    ahead, launched = asked
+    # two layers with widths of their own
+    fitted = plan("llama", "sight", bits=4.0, options=LAYOUT, sinks=3)
+    config = kvsight.integrations.hf.config_of(fitted)
+    config.num_attention_heads, config.attn_logit_softcapping = QUERY_HEADS, softcap
+    cache = kvsight.PackedCache(fitted, config, prefill=prefill_of, monitor=False)
+    for new in sizes:
+        step(cache, batch, new, dtype, softcap)
+    assert all(layer.tiles is not None for layer in cache.layers)
+    if sizes[-1] > 1:
+        step(cache, batch, 1, dtype, softcap)
+    (sources,) = ahead
+    assert len(set(sources)) == len(sources)
+    assert set(sources) == set(launched)
+    # every layer's attention is another kernel
+    assert [source.name for source in sources].count("attend_tiles") == len(cache.layers)
+    # as they are wanted
+    assert sources[0] == launched[0]
+
+
+def test_nothing_is_asked_for_where_there_is_no_gpu(monkeypatch, plan):
+    monkeypatch.setattr("kvsight.ops.nvrtc._builds", None)
+    cache = kvsight.PackedCache(plan("llama", "sight", bits=4.0, options=LAYOUT, sinks=3), tiles=True)
+    for new in (80, 1):
+        step(cache, 1, new, torch.float32)
+    assert all(layer.tiles is not None for layer in cache.layers)
