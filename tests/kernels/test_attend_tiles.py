@@ -261,6 +261,17 @@ def test_error_is_below_that_of_torch_in_the_same_precision(emulated, dtype):
     assert errors[0] <= 2 * errors[1]
 
 
+def test_a_mean_of_many_values_around_zero_keeps_its_precision(emulated):
+    keys, values = both_sides(64, 1, 1500, seed=11)
+    values = [replace(v, folded=replace(v.folded, shift=torch.zeros(1, 64))) for v in values]
+    q = 0.05 * drawn(1, 4, 1, 64, dtype=torch.bfloat16)
+    out, wanted = tile_attention(emulated, q, keys, values, 1500, scaling=0.125)
+    decoded = [Segment(1500, coded=parts).decode(q.dtype) for parts in (keys, values)]
+    torch_out = torch.nn.functional.scaled_dot_product_attention(q, *decoded, scale=0.125, enable_gqa=True)
+    ours, theirs = ((x.double() - wanted).norm() for x in (out, torch_out.transpose(1, 2)))
+    assert ours <= 1.1 * theirs
+
+
 def test_growing_scores_move_the_reference(emulated):
     """Later scores far above all earlier ones, and far below."""
     keys, values = both_sides(64, 1, 640, seed=13)

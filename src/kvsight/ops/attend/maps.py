@@ -21,16 +21,20 @@ def key_maps(keys: FoldedTiles, factor: float, parts: int) -> Tensor:
 
 
 def value_maps(values: FoldedTiles, parts: int) -> Tensor:
-    """What turns weighted sums of codes into outputs: uint8 [H, bytes]."""
-    return _maps(values.matrix.mT, values.shift, parts)
+    """What turns weighted sums of codes, from their middles, into outputs: uint8 [H, bytes]."""
+    rows = [_middles(tiling) for tiling in values.tilings]
+    middles = torch.tensor(rows, dtype=torch.float64, device=values.shift.device)
+    shift = values.shift + (middles.unsqueeze(1) @ values.matrix.double()).squeeze(1)
+    return _maps(values.matrix.mT, shift, parts)
 
 
 def chunk_tables(side: FoldedTiles) -> Tensor:
     """Where products have the blocks of all chunks: int32 [H, d / 16 · 4], ``Chunk`` in ``tiles.cuh``."""
     chunks = side.matrix.shape[-1] // CHUNK
     tables = torch.tensor([_table(tiling, chunks) for tiling in side.tilings])
-    blocks, factors = tables.split(2, dim=-1)
-    return torch.cat([blocks.int(), factors.float().view(torch.int32)], dim=-1).flatten(1)
+    blocks, numbers = tables.split([2, 3], dim=-1)
+    pairs = blocks.to(torch.int16).view(torch.int32)
+    return torch.cat([pairs, numbers.float().view(torch.int32)], dim=-1).flatten(1)
 
 
 def most_products(tilings: Sequence[Tiling]) -> int:
@@ -82,11 +86,16 @@ def _places(tiling: Tiling) -> dict[int, Block]:
 
 @lru_cache(maxsize=1024)
 def _table(tiling: Tiling, chunks: int) -> list[list[float]]:
-    """Of each chunk: places of its blocks, or -1, and what a unit of them is worth in codes."""
+    """Of each chunk: places of its blocks, or -1, what a unit of them is worth in codes, their middle."""
     found: list[list[tuple[int, Block]]] = [[] for _ in range(chunks)]
     for place, block in _places(tiling).items():
         found[block.chunk].append((place, block))
-    return [_entry(own) for own in found]
+    return [[*_entry(own), middle] for own, middle in zip(found, _middles(tiling)[::CHUNK], strict=True)]
+
+
+def _middles(tiling: Tiling) -> list[float]:
+    """The middle of the codes of every coordinate."""
+    return [(2**width - 1) / 2 for width in tiling.widths for _ in range(CHUNK)]
 
 
 def _entry(own: Sequence[tuple[int, Block]]) -> list[float]:

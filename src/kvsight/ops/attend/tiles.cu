@@ -501,7 +501,10 @@ __device__ __forceinline__ void normalise(const Arguments &a, const Item &item, 
         const float exact_weight = exact ? exp2_fast(kept.x - top) : 0.f;
         const float total = fmaf(kept.y, exact_weight, codes) + (has_sink ? exp2_fast(sink - top) : 0.f);
         const float inverse = total > 0.f && real ? 1.f / total : 0.f;
-        sum.x *= inverse, sum.y *= inverse, sum.z *= inverse, sum.w *= inverse;
+        // a mean of many tokens is near the middle of its codes: what is left of it is rounded
+        const float middle = item.h.value_chunks[column / 16].middle * codes;
+        sum.x = (sum.x - middle) * inverse, sum.y = (sum.y - middle) * inverse;
+        sum.z = (sum.z - middle) * inverse, sum.w = (sum.w - middle) * inverse;
         store_halves(m.halves, row, column, sum);
         // what coded and exact tokens weigh
         if (column == 0) m.rows[row].factor = codes * inverse, m.rows[row].offset = exact_weight * inverse;

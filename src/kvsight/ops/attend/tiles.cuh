@@ -18,9 +18,10 @@ constexpr float QUERY_RANGE = KEY_BLOCKS > 16 ? 32500.f * 16 / KEY_BLOCKS : 3250
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 
 // The blocks of a chunk of 16 coordinates, or -1: where products have them, and what a unit of them is worth in codes.
+// Its codes are at most twice `middle`.
 struct Chunk {
-    int block0, block1;
-    float factor0, factor1;
+    short block0, block1;
+    float factor0, factor1, middle;
 };
 // One KV head. Counts of blocks are of 4, 2 and 1 bits; tiles of a sequence lie one after another.
 struct Head {
@@ -53,7 +54,7 @@ struct alignas(16) Row {
 struct Arguments {
     const Number *query;         // [B, heads, rows, HEAD_DIM]
     const uint8_t *key_maps;     // [heads, MAP_BYTES] (maps.cuh): query to factors of codes, in log2 units
-    const uint8_t *value_maps;   // [heads, MAP_BYTES]: weighted sums of codes to output
+    const uint8_t *value_maps;   // [heads, MAP_BYTES]: weighted sums of codes from their middles to output
     const Item *items;           // [blocks of threads]
     const Range *ranges;         // [B, queries], or null: all tokens up to a query's own are visible
     const int *seen;             // [1] where there are no ranges: tokens of a sequence, the queries' own included
