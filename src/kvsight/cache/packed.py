@@ -95,7 +95,15 @@ class Held:
             new = (fresh.keys, fresh.values)[side]
             return (*(segment for segment in before if segment.tokens), Segment(new.shape[2], dense=new))
 
-        return cls(tiles.first + tiles.tokens, segments, tiles, fresh)
+        return cls(tiles.total, segments, tiles, fresh)
+
+
+@dataclass(frozen=True, eq=False)
+class TracedKV:
+    """What stands for a handle while ``torch.compile`` traces: no tensor, only our attention reads it."""
+
+    tiles: Tiles
+    reads: Reads
 
 
 class PackedKV(Tensor):
