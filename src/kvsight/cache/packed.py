@@ -98,12 +98,11 @@ class Held:
         return cls(tiles.total, segments, tiles, fresh)
 
 
-@dataclass(frozen=True, eq=False)
 class TracedKV:
     """What stands for a handle while ``torch.compile`` traces: no tensor, only our attention reads it."""
 
-    tiles: Tiles
-    reads: Reads
+    def __init__(self, tiles: Tiles, plan: Plan) -> None:
+        self.tiles, self.plan = tiles, plan
 
 
 class PackedKV(Tensor):

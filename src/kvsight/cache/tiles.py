@@ -67,7 +67,7 @@ class Tiles:
         encoders = [_encoders(state, rows) for state, rows in _both(key, value)]
         self.encoders = fold_encoder(*encoders[0]), fold_encoder(*encoders[1])
         # what operators take, made here: every layer of a graph would trace it again
-        self._reading, self._writing = _numbers(*self.folded), _numbers(*self.encoders)
+        self.reading, self.writing = numbers(*self.folded), numbers(*self.encoders)
         tiles = [_tiled(state, f.tilings) for state, f in zip((key, value), folded, strict=True)]
         self.tiles = tiles[0], tiles[1]
         self._reader: dict[float, TileReader] = {}
@@ -118,7 +118,7 @@ class Tiles:
         if torch.compiler.is_compiling():
             if self.leads:
                 self.counter.advance_in_graph(new, self.room)
-            encode_tiles_op(k, v, *self.tiles, *self._writing, self.seen, self.first)
+            encode_tiles_op(k, v, *self.tiles, *self.writing, self.seen, self.first)
             return
         tokens = self.tokens
         self.reserve(tokens + new)
@@ -194,7 +194,7 @@ class Tiles:
         key, value = self.bare
         exact = [key.sinks, value.sinks] if self.first else []
         out: Tensor = attend_tiles_op(
-            q, *self.tiles, *self._reading, self.seen, exact, scaling, softcap, sink_logits
+            q, *self.tiles, *self.reading, self.seen, exact, scaling, softcap, sink_logits
         )
         return out
 
@@ -285,7 +285,7 @@ def many(q: Tensor, fresh: Fresh | None) -> bool:
     return fresh is not None or q.shape[2] > MOST_NEW
 
 
-def _numbers(
+def numbers(
     keys: FoldedTiles | FoldedEncoder, values: FoldedTiles | FoldedEncoder
 ) -> tuple[list[Tensor], str, str]:
     """Maps of both sides, and widths of keys and of values, as operators take them."""

@@ -189,7 +189,7 @@ class PackedLayer(CacheLayerMixin):
             )
         check_batch(self.tiles.bare[0], key_states)
         self.tiles.append(key_states, value_states)
-        handle = TracedKV(self.tiles, self.reads)
+        handle = TracedKV(self.tiles, self.plan)
         return handle, handle
 
     def reserve(self, tokens: int) -> None:
@@ -533,8 +533,8 @@ def enable(model: PreTrainedModel) -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(key, TracedKV):
-            if key.reads.plan.fingerprint != here:
-                check_model(key.reads.plan, model)
+            if key.plan.fingerprint != here:
+                check_model(key.plan, model)
             scale = default_scaling(module, query, scaling)
             return _in_graph(module, query, key, attention_mask, scale, kwargs), None
         if isinstance(key, PackedKV) and isinstance(value, PackedKV) and fused_arguments(kwargs):
