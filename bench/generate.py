@@ -214,7 +214,7 @@ def stock_attention(name: str) -> AttentionFunction:
             if grouped:
                 # query heads of a KV head as its query tokens
                 rows = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-                out = sdpa(rows, k, v, scale=scaling).view(q.shape)
+                out = sdpa(rows, k, v, scale=scaling).reshape(q.shape)
             else:
                 out = sdpa(q, k, v, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None

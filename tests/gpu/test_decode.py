@@ -77,20 +77,24 @@ def test_prefill_in_tiles_is_prefill_in_rows(fitted, prefill):
     assert float((out[0] - out[1]).abs().median()) < 0.1
 
 
-def test_a_step_can_be_a_graph(fitted):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_can_be_a_graph(fitted, compiled):
     model, plan, ids = fitted
     model, ids = model.cuda(), ids.cuda()
     eager, replayed = kvsight.PackedCache(plan), kvsight.PackedCache(plan)
     wanted = steps(model, eager, ids, 130)
     with torch.no_grad(), kvsight.enable(model):
         model(ids[:, :130], past_key_values=replayed, use_cache=True)
+        replayed.reserve(150)
         token, at = ids[:, 130:131].clone(), torch.full((2, 1), 130, device="cuda")
 
         def step():
             return model(token, position_ids=at, past_key_values=replayed, use_cache=True).logits
 
+        if compiled:
+            step = torch.compile(step, fullgraph=True, dynamic=False)
         # twice as it is: kernels are compiled, and tiles made
-        found = [step()]
+        found = [step().clone()]
         token.copy_(ids[:, 131:132]), at.add_(1)
         found.append(step().clone())
         graph = torch.cuda.CUDAGraph()
@@ -98,9 +102,18 @@ def test_a_step_can_be_a_graph(fitted):
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             out = step()
-        for i in range(132, 150):
+        for i in range(132, 149):
             token.copy_(ids[:, i : i + 1]), at.fill_(i)
             graph.replay()
             found.append(out.clone())
+        # the host learns what graphs counted, and goes on from there
+        assert replayed.get_seq_length() == 149
+        found.append(model(ids[:, 149:150], past_key_values=replayed, use_cache=True).logits)
     found = torch.cat(found, dim=1).float().cpu()
-    torch.testing.assert_close(found, wanted[:, : found.shape[1]], atol=1e-3, rtol=1e-3)
+    wanted = wanted[:, : found.shape[1]]
+    if compiled:
+        # inductor rounds differently, and then codes flip
+        assert float((found - wanted).abs().median()) < 5e-2
+        assert float((found.argmax(-1) == wanted.argmax(-1)).float().mean()) > 0.95
+    else:
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
