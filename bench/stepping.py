@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -128,12 +127,10 @@ def kernels(step: Step, times: int = 3) -> list[dict[str, Any]]:
         for _ in range(times):
             step()
         torch.cuda.synchronize()
-    found: dict[str, list[float]] = defaultdict(list)
-    for event in seen.events():
-        found[event.name].append(event.device_time)
     rows = [
-        {"kernel": name[:120], "launches": len(us) / times, "us": sum(us) / times}
-        for name, us in found.items()
+        {"kernel": e.key[:120], "launches": e.count / times, "us": e.self_device_time_total / times}
+        for e in seen.key_averages()
+        if e.self_device_time_total
     ]
     rows.sort(key=lambda row: -row["us"])
     total = {
