@@ -19,7 +19,10 @@ _KEEPING = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.contiguou
 
 
 class Reads:
-    """How often attention ran on codes, and how often a consumer made us decode the history."""
+    """How often attention ran on codes, and how often a consumer made us decode the history.
+
+    Steps in graphs are not counted.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

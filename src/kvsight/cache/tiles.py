@@ -213,11 +213,14 @@ class Tiles:
 
     def _exact(self, q: Tensor, fresh: Fresh | None) -> Exact | None:
         """First and fresh tokens, if there are any."""
-        (key, value), none = self.bare, q.new_empty(q.shape[0], len(self.tiles[0]), 0, q.shape[3])
+        key, value = self.bare
         if fresh is not None:
             first = slice(0, fresh.first)
             return Exact(key.sinks[:, :, first], value.sinks[:, :, first], fresh.keys, fresh.values)
-        return Exact(key.sinks, value.sinks, none, none) if self.first else None
+        if not self.first:
+            return None
+        none = q.new_empty(q.shape[0], len(self.tiles[0]), 0, q.shape[3])
+        return Exact(key.sinks, value.sinks, none, none)
 
     def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor:
         shape = q.shape[0], q.shape[2], self.first, self.tokens
