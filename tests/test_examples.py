@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.usefixtures("stretched_once")
 FOLDER = Path(__file__).parents[1] / "examples"
@@ -54,6 +55,13 @@ def test_save_and_load(capsys, tmp_path, monkeypatch):
     assert lines[0].startswith("200 tokens are 2")
     assert lines[1].startswith("In this way")
     assert len(list(tmp_path.glob("*/plan/plan.json"))) == 1
+
+
+@pytest.mark.slow
+def test_compile_steps(capsys):
+    lines = run("04_compile_steps.py", capsys)
+    assert lines[-1] == "124 tokens, 24 of them by one graph"
+    torch.compiler.reset()
 
 
 def test_every_example_is_tested():

@@ -151,34 +151,42 @@ def test_windows_in_rows_beside_softcap_and_sink_logits_in_tiles(kind):
     assert [layer.tiles is not None for layer in tiled.layers] == [False, True]
 
 
-def test_a_step_can_be_a_graph(there):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_can_be_a_graph(there, compiled):
     model, plan, ids = there
     wanted = read(model, kvsight.PackedCache(plan), ids, [120, *[1] * 40])[:, 120:]
     cache = kvsight.PackedCache(plan)
     read(model, cache, ids[:, :120], [120])
+    cache.reserve(160)
     token, at = ids[:, 120:121].clone(), torch.full((2, 1), 120, device=DEVICE)
 
     def step():
         return model(token, position_ids=at, past_key_values=cache, use_cache=True).logits
+
+    if compiled:
+        step = torch.compile(step, fullgraph=True, dynamic=False)
 
     def move(to):
         token.copy_(ids[:, to : to + 1]), at.fill_(to)
 
     with torch.no_grad(), kvsight.enable(model):
         # twice as it is: kernels are compiled, and tiles made
-        found = [step()]
+        found = [step().clone()]
         move(121)
-        found.append(step())
+        found.append(step().clone())
         move(122)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = step()
         # past the end of a tile
-        for i in range(122, 160):
+        for i in range(122, 159):
             move(i)
             graph.replay()
             found.append(out.clone())
+        # the host learns what graphs counted, and goes on from there
+        assert cache.get_seq_length() == 159
+        found.append(model(ids[:, 159:160], past_key_values=cache, use_cache=True).logits)
     alike(torch.cat(found, dim=1).float().cpu(), wanted)
 
 

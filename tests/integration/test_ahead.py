@@ -41,6 +41,7 @@ def asked(monkeypatch):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     # what torch's own kernels would do
     monkeypatch.setattr(prefill, "_piece", piece)
     monkeypatch.setattr(prefill._Map, "product", lambda self, x: x.float() @ self.matrix)

@@ -9,7 +9,7 @@ from kvsight.cache.side import append, start
 from kvsight.cache.tiles import Tiles
 from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
-from kvsight.ops.attend.tiles_op import attend_tiles_op, widths
+from kvsight.ops.attend.tiles_op import attend_tiles_op, count_tokens_op, widths
 from kvsight.ops.encode.op import encode_tiles_op
 from kvsight.quantizers.lloyd_max import row_quantizer, uniform
 from kvsight.retention import Retention
@@ -71,6 +71,7 @@ def test_operators_keep_torchs_rules(tiles):
     maps = [*tiles.folded[0].maps, *tiles.folded[1].maps]
     arguments = (q, *held, maps, *numbers, tiles.seen, exact, 0.2, None, None)
     torch.library.opcheck(attend_tiles_op, arguments, test_utils=checks)
+    torch.library.opcheck(count_tokens_op, (tiles.seen, 1, tiles.room), test_utils=checks)
 
 
 def test_graphs_refuse_more_rows_than_a_launch_takes(tiles):

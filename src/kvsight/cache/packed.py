@@ -19,7 +19,10 @@ _KEEPING = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.contiguou
 
 
 class Reads:
-    """How often attention ran on codes, and how often a consumer made us decode the history."""
+    """How often attention ran on codes, and how often a consumer made us decode the history.
+
+    Steps in graphs are not counted.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -95,7 +98,14 @@ class Held:
             new = (fresh.keys, fresh.values)[side]
             return (*(segment for segment in before if segment.tokens), Segment(new.shape[2], dense=new))
 
-        return cls(tiles.first + tiles.tokens, segments, tiles, fresh)
+        return cls(tiles.total, segments, tiles, fresh)
+
+
+class TracedKV:
+    """What stands for a handle while ``torch.compile`` traces: no tensor, only our attention reads it."""
+
+    def __init__(self, tiles: Tiles, plan: Plan) -> None:
+        self.tiles, self.plan = tiles, plan
 
 
 class PackedKV(Tensor):

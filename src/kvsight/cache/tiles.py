@@ -4,6 +4,7 @@ Rows (``cache.side``) are what every operation of a cache but appending and atte
 takes rows over, ``Tiles.states`` gives them back, codes unchanged.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvsight.cache.counter import Counter
 from kvsight.cache.side import SideState, check_batch
 from kvsight.codec import Placement, check_finite
 from kvsight.errors import KVSightError
@@ -46,22 +48,52 @@ class Fresh:
 class Tiles:
     """Both sides of one layer. Appending writes in place; ``nbytes`` counts tiles that hold tokens."""
 
-    def __init__(self, key: SideState, value: SideState) -> None:
-        """Take over two states that are ``ready`` and have all their exact first tokens."""
+    def __init__(
+        self, key: SideState, value: SideState, counter: Counter | None = None, leads: bool = True
+    ) -> None:
+        """Take over two states that are ``ready`` and have all their exact first tokens.
+
+        Layers of a cache share a ``counter``; in graphs the one that ``leads``, the first, counts for all.
+        """
         # all of the states but their codes
         self.bare = replace(key, coded=()), replace(value, coded=())
-        self.tokens = key.coded[0].tokens
         self.first = key.sinks.shape[2]
+        self.counter = Counter(key.sinks.device) if counter is None else counter
+        self.leads = leads
+        # coded tokens but those that graphs counted
+        self._coded = key.coded[0].tokens - self.counter.settle()
         folded = [_folded(state, rows) for state, rows in _both(key, value)]
         self.folded = folded[0], folded[1]
         encoders = [_encoders(state, rows) for state, rows in _both(key, value)]
         self.encoders = fold_encoder(*encoders[0]), fold_encoder(*encoders[1])
+        # what operators take, made here: every layer of a graph would trace it again
+        self.reading, self.writing = numbers(*self.folded), numbers(*self.encoders)
         tiles = [_tiled(state, f.tilings) for state, f in zip((key, value), folded, strict=True)]
         self.tiles = tiles[0], tiles[1]
-        self.seen = torch.tensor([self.first + self.tokens], dtype=torch.int32, device=key.sinks.device)
         self._reader: dict[float, TileReader] = {}
         self._prefill_reader: dict[float, PrefillReader] = {}
         self._writer: TileWriter | None = None
+        self.counter.advance(self.total, self.room)
+
+    @property
+    def tokens(self) -> int:
+        """Coded tokens. Waits for the device where graphs count; while one is recorded they are old."""
+        return self._coded + self.counter.settle()
+
+    @property
+    def total(self) -> int:
+        """Exact and coded tokens."""
+        return self.first + self.tokens
+
+    @property
+    def seen(self) -> Tensor:
+        """int32 [1]: tokens of a sequence, exact ones included, where launches read it."""
+        return self.counter.seen
+
+    @property
+    def room(self) -> int:
+        """How many coded tokens have a place."""
+        return TOKENS * self.tiles[0][0].shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -77,24 +109,32 @@ class Tiles:
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Tiles":
         # prepared launches hold addresses
-        return Tiles(*self.states())
+        states = self.states()
+        return Tiles(*states, copy.deepcopy(self.counter, memo), self.leads)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Code new tokens [B, H, n, d], that are ``check``ed, behind the others."""
         new = k.shape[2]
-        if self.tokens + new > TOKENS * self.tiles[0][0].shape[1]:
-            self._grow(new)
-        # counted on the device, so that a graph of launches can be replayed
-        self.seen.add_(new)
         if torch.compiler.is_compiling():
-            encode_tiles_op(k, v, *self.tiles, *_numbers(*self.encoders), self.seen, self.first)
-        elif k.is_cuda:
+            if self.leads:
+                self.counter.advance_in_graph(new, self.room)
+            encode_tiles_op(k, v, *self.tiles, *self.writing, self.seen, self.first)
+            return
+        tokens = self.tokens
+        self.reserve(tokens + new)
+        self._coded += new
+        self.counter.advance(self.first + tokens + new, self.room)
+        if k.is_cuda:
             if self._writer is None or self._writer.dtype != k.dtype:
                 self._writer = TileWriter.of(*self.encoders, *self.tiles, k.dtype)
             self._writer.write(k, v, self.seen, self.first)
         else:
-            write_tiles_ref(self.encoders, self.tiles, k, v, self.tokens)
-        self.tokens += new
+            write_tiles_ref(self.encoders, self.tiles, k, v, tokens)
+
+    def reserve(self, tokens: int, more: bool = True) -> None:
+        """Room for so many coded tokens, and for some ``more`` if there was not enough."""
+        if tokens > self.room:
+            self._grow(_room(tokens) if more else -(-tokens // TOKENS))
 
     def attend(
         self,
@@ -154,7 +194,7 @@ class Tiles:
         key, value = self.bare
         exact = [key.sinks, value.sinks] if self.first else []
         out: Tensor = attend_tiles_op(
-            q, *self.tiles, *_numbers(*self.folded), self.seen, exact, scaling, softcap, sink_logits
+            q, *self.tiles, *self.reading, self.seen, exact, scaling, softcap, sink_logits
         )
         return out
 
@@ -173,11 +213,14 @@ class Tiles:
 
     def _exact(self, q: Tensor, fresh: Fresh | None) -> Exact | None:
         """First and fresh tokens, if there are any."""
-        (key, value), none = self.bare, q.new_empty(q.shape[0], len(self.tiles[0]), 0, q.shape[3])
+        key, value = self.bare
         if fresh is not None:
             first = slice(0, fresh.first)
             return Exact(key.sinks[:, :, first], value.sinks[:, :, first], fresh.keys, fresh.values)
-        return Exact(key.sinks, value.sinks, none, none) if self.first else None
+        if not self.first:
+            return None
+        none = q.new_empty(q.shape[0], len(self.tiles[0]), 0, q.shape[3])
+        return Exact(key.sinks, value.sinks, none, none)
 
     def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor:
         shape = q.shape[0], q.shape[2], self.first, self.tokens
@@ -199,8 +242,7 @@ class Tiles:
             self._prefill_reader[scaling] = PrefillReader.of(*self._tokens(), scaling)
         return self._prefill_reader[scaling]
 
-    def _grow(self, new: int) -> None:
-        room = _room(self.tokens + new)
+    def _grow(self, room: int) -> None:
         grown = [tuple(_larger(t, room) for t in side) for side in self.tiles]
         self.tiles = grown[0], grown[1]
         # addresses changed
@@ -246,9 +288,9 @@ def many(q: Tensor, fresh: Fresh | None) -> bool:
     return fresh is not None or q.shape[2] > MOST_NEW
 
 
-def _numbers(
+def numbers(
     keys: FoldedTiles | FoldedEncoder, values: FoldedTiles | FoldedEncoder
-) -> tuple[list[Tensor], list[int], list[int]]:
+) -> tuple[list[Tensor], str, str]:
     """Maps of both sides, and widths of keys and of values, as operators take them."""
     return [*keys.maps, *values.maps], widths(keys.tilings), widths(values.tilings)
 

@@ -47,7 +47,7 @@ def attention_override(
 
 
 def _graphable(build: Callable[..., Any]) -> Callable[..., Any]:
-    """``build``, but no mask where one new token sees all others while a CUDA graph is captured.
+    """``build``, but no mask where one new token sees all others while a graph is compiled or captured.
 
     Some versions of transformers build masks then that they leave out otherwise, and nobody can look
     into them.
@@ -60,11 +60,15 @@ def _graphable(build: Callable[..., Any]) -> Callable[..., Any]:
             and arguments.get("local_size") is None
             and arguments.get("allow_is_causal_skip", True)
         )
-        if sees_all and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if sees_all and (torch.compiler.is_compiling() or _captures()):
             return None
         return build(**arguments)
 
     return mask
+
+
+def _captures() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _listens(model: PreTrainedModel) -> bool:

@@ -22,9 +22,10 @@ from transformers.cache_utils import (
 from kvsight.atomic import replace_file
 from kvsight.cache import side as sides
 from kvsight.cache.ahead import Ahead
+from kvsight.cache.counter import Counter
 from kvsight.cache.monitor import Monitor, monitored
-from kvsight.cache.packed import Held, PackedKV, Reads
-from kvsight.cache.side import SideState
+from kvsight.cache.packed import Held, PackedKV, Reads, TracedKV
+from kvsight.cache.side import SideState, check_batch
 from kvsight.cache.tiles import MOST_NEW, Fresh, Tiles, check, fits_tiles, many, missing, ready
 from kvsight.drift import Drift
 from kvsight.errors import KVSightError
@@ -50,7 +51,7 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         plan: Plan,
         layer: LayerPlan,
@@ -59,14 +60,25 @@ class PackedLayer(CacheLayerMixin):
         ahead: Ahead,
         monitor: Monitor | None = None,
         tiled: bool | None = None,
+        counters: dict[torch.device, tuple[Counter, int]] | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.layer, self.reads, self.raw_prefill = plan, layer, reads, raw_prefill
         self.ahead, self.monitor, self.tiled = ahead, monitor, tiled
+        self.counters = {} if counters is None else counters
         self.tiles: Tiles | None = None
         self.key_state: SideState | None = None
         self.value_state: SideState | None = None
-        self.cumulative_length = 0
+        self._length = 0
+
+    @property
+    def cumulative_length(self) -> int:
+        """Tokens so far."""
+        return self._length if self.tiles is None else self.tiles.total
+
+    @cumulative_length.setter
+    def cumulative_length(self, tokens: int) -> None:
+        self._length = tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         retention = self.plan.retention(self.layer)
@@ -89,6 +101,8 @@ class PackedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Code the new tokens; return handles to all visible ones."""
+        if torch.compiler.is_compiling():
+            return self._update_in_graph(key_states, value_states)  # type: ignore[return-value]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._to_tiles(key_states.shape[2]):
@@ -99,7 +113,7 @@ class PackedLayer(CacheLayerMixin):
         key = sides.append(self.key_state, key_states)
         value = sides.append(self.value_state, value_states)
         if self.monitor is not None and key_states.shape[2] > 1:
-            self._look(self.monitor, key, value, key_states, value_states)
+            self._look(self.monitor, key, value, key_states, value_states, self.cumulative_length)
         self.cumulative_length += key_states.shape[2]
         self.key_state, self.value_state = self._retain(key), self._retain(value)
         if self.raw_prefill and key_states.shape[2] > 1:
@@ -124,7 +138,7 @@ class PackedLayer(CacheLayerMixin):
         """Give tokens in tiles back to rows, which all operations but appending want."""
         if self.tiles is not None:
             self.key_state, self.value_state = self.tiles.states()
-            self.tiles = None
+            self._length, self.tiles = self.tiles.total, None
 
     def _update_tiles(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         new, before = key_states.shape[2], self.cumulative_length
@@ -139,8 +153,7 @@ class PackedLayer(CacheLayerMixin):
             self.ahead.start(key_states[:, :, first:], reads_codes=reads_codes)
         tiles.append(key_states[:, :, first:], value_states[:, :, first:])
         if self.monitor is not None and new > MOST_NEW:
-            self._look(self.monitor, *tiles.bare, key_states, value_states)
-        self.cumulative_length += new
+            self._look(self.monitor, *tiles.bare, key_states, value_states, before)
         return (
             PackedKV(Held.in_tiles(tiles, 0, fresh), key_states, self.reads),
             PackedKV(Held.in_tiles(tiles, 1, fresh), value_states, self.reads),
@@ -158,9 +171,44 @@ class PackedLayer(CacheLayerMixin):
             if first:
                 key = sides.append(key, key_states[:, :, :first])
                 value = sides.append(value, value_states[:, :, :first])
-            self.tiles = Tiles(key, value)
-            self.key_state = self.value_state = None
+            self.tiles = self._take(key, value)
         return self.tiles, first
+
+    def _take(self, key: SideState, value: SideState) -> Tiles:
+        """Tiles of states, counted with those of other layers."""
+        if self.device not in self.counters:
+            self.counters[self.device] = Counter(self.device), self.layer.index
+        counter, leader = self.counters[self.device]
+        self.key_state = self.value_state = None
+        return Tiles(key, value, counter, leader == self.layer.index)
+
+    def _update_in_graph(self, key_states: Tensor, value_states: Tensor) -> tuple[TracedKV, TracedKV]:
+        """As ``_update_tiles``, but numbers of the host stay, as a graph would hold on to them."""
+        if self.tiles is None:
+            raise KVSightError(
+                "a compiled step wants a cache in tiles: fit the plan with the option layout=tiles, feed "
+                "64 tokens and then call cache.reserve(tokens)."
+            )
+        if self.raw_prefill and key_states.shape[2] > 1:
+            raise KVSightError(
+                f"compiled steps of a cache with prefill='raw' take one token; got {key_states.shape[2]}."
+            )
+        check_batch(self.tiles.bare[0], key_states)
+        self.tiles.append(key_states, value_states)
+        handle = TracedKV(self.tiles, self.plan)
+        return handle, handle
+
+    def reserve(self, tokens: int) -> None:
+        """Room for so many tokens in all, in tiles; raises where there are none."""
+        if self.tiles is None and self.is_initialized and self._to_tiles(0):
+            assert self.key_state is not None and self.value_state is not None
+            self.tiles = self._take(self.key_state, self.value_state)
+        if self.tiles is None:
+            raise KVSightError(
+                f"layer {self.layer.index} has no tiles to reserve room in; it has {self._length} tokens. "
+                "Tiles want a plan fitted with the option layout=tiles, a GPU or tiles=True, and 64 tokens."
+            )
+        self.tiles.reserve(tokens, more=False)
 
     def _look(
         self,
@@ -169,10 +217,11 @@ class PackedLayer(CacheLayerMixin):
         value: SideState,
         key_states: Tensor,
         value_states: Tensor,
+        before: int,
     ) -> None:
         # the states hold the placements where the tensors are
-        monitor.look(self.layer, "k", key.placements, key_states, self.cumulative_length)
-        monitor.look(self.layer, "v", value.placements, value_states, self.cumulative_length)
+        monitor.look(self.layer, "k", key.placements, key_states, before)
+        monitor.look(self.layer, "v", value.placements, value_states, before)
         if self.layer.index == self.plan.layers[-1].index:
             monitor.say()
 
@@ -191,9 +240,15 @@ class PackedLayer(CacheLayerMixin):
         return None
 
     def get_seq_length(self) -> int:
+        if self.tiles is not None and self.tiles.counter.recording:
+            # a number would stay the same in every replay; callers add it to a tensor of positions
+            return self.tiles.counter.before  # type: ignore[return-value]
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.tiles is not None and torch.compiler.is_compiling():
+            # graphs must not depend on how many tokens there are
+            return self.tiles.room, 0
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -322,6 +377,8 @@ class PackedCache(Cache):
             raise KVSightError(f"prefill is 'packed' or 'raw'; got {prefill!r}.")
         self.plan, self.prefill, self.tiles = plan, prefill, tiles
         self.reads = Reads(plan)
+        # of every device, and the number of the first layer there
+        self.counters: dict[torch.device, tuple[Counter, int]] = {}
         self.monitor = monitored(plan, monitor)
         planned = {layer.index: layer for layer in plan.layers}
         config = config_of(plan) if config is None else config
@@ -349,8 +406,8 @@ class PackedCache(Cache):
                 f"layer {layer.index} is a {type(template).__name__}, which kvsight cannot pack. "
                 "Pass the config of the model that the plan was fitted to."
             )
-        raw = self.prefill == "raw"
-        return packed(self.plan, layer, self.reads, raw, self.ahead, self.monitor, self.tiles)
+        raw, counters = self.prefill == "raw", self.counters
+        return packed(self.plan, layer, self.reads, raw, self.ahead, self.monitor, self.tiles, counters)
 
     def _packed_layers(self) -> Iterator[PackedLayer]:
         return (layer for layer in self.layers if isinstance(layer, PackedLayer))
@@ -359,6 +416,16 @@ class PackedCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated for cached tokens: codes, scales, norms, sinks, window and pending ones."""
         return sum(layer.nbytes for layer in self._packed_layers())
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens in all: no step until then allocates, so steps can be graphs.
+
+        Steps of one token that ``torch.compile`` compiled, or that a CUDA graph holds, are replayed without
+        Python, so they cannot make room themselves; one too many raises. Raises ``KVSightError`` unless
+        all layers can be held in tiles by now.
+        """
+        for layer in self._packed_layers():
+            layer.reserve(tokens)
 
     def to_rows(self) -> None:
         """Give tokens in tiles back to rows, as the ledger counts them: the last tile may be part empty."""
@@ -475,6 +542,11 @@ def enable(model: PreTrainedModel) -> Iterator[None]:
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(key, TracedKV):
+            if key.plan.fingerprint != here:
+                check_model(key.plan, model)
+            scale = default_scaling(module, query, scaling)
+            return _in_graph(module, query, key, attention_mask, scale, kwargs), None
         if isinstance(key, PackedKV) and isinstance(value, PackedKV) and fused_arguments(kwargs):
             if key.reads.plan.fingerprint != here:
                 check_model(key.reads.plan, model)
@@ -488,6 +560,29 @@ def enable(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+def _in_graph(
+    module: nn.Module,
+    query: Tensor,
+    handle: TracedKV,
+    mask: Tensor | None,
+    scaling: float,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """As ``_on_codes`` while a step is compiled: one new token of each sequence sees all others."""
+    if mask is not None or not _causal(module, kwargs) or not fused_arguments(kwargs):
+        raise KVSightError(
+            "compiled attention over a PackedCache is causal and has no mask: feed one token of every "
+            "sequence and no attention_mask."
+        )
+    softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
+    return handle.tiles.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+
+
+def _causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
 def _on_codes(
     module: nn.Module,
     query: Tensor,
@@ -498,8 +593,7 @@ def _on_codes(
     kwargs: dict[str, Any],
 ) -> Tensor:
     key.reads.packed += 1
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    causal = _causal(module, kwargs)
     softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
     tiles, fresh = key.held.tiles, key.held.fresh
     # torch's kernels tell no gradient of the masses that merge pieces

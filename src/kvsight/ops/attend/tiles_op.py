@@ -1,4 +1,4 @@
-"""``kvsight::attend_tiles``, the operator that compiled graphs hold: a layer's tiles as tensors.
+"""``kvsight::attend_tiles`` and ``count_tokens``, which compiled graphs hold: a layer's tiles as tensors.
 
 Eager calls skip it, and with it the dispatcher's cost.
 """
@@ -47,14 +47,31 @@ class Shared(Generic[_T]):
         return self._found[key][0]
 
 
+@torch.library.custom_op("kvsight::count_tokens", mutates_args=("seen",))
+def count_tokens_op(seen: Tensor, new: int, room: int) -> None:
+    """Add new tokens to ``seen`` int32 [1]; more than there is room for fail, on a device some time later.
+
+    One operator: plain additions get merged into other kernels, with a copy for every layer that reads.
+    """
+    seen.add_(new)
+    torch._assert_async(
+        seen <= room, "kvsight: a graph was replayed past the room of its cache; reserve more tokens."
+    )
+
+
+@count_tokens_op.register_fake
+def _(seen: Tensor, new: int, room: int) -> None:
+    return None
+
+
 @torch.library.custom_op("kvsight::attend_tiles", mutates_args=())
 def attend_tiles_op(  # noqa: PLR0913
     q: Tensor,
     key_tiles: Sequence[Tensor],
     value_tiles: Sequence[Tensor],
     maps: Sequence[Tensor],
-    key_widths: Sequence[int],
-    value_widths: Sequence[int],
+    key_widths: str,
+    value_widths: str,
     seen: Tensor,
     exact: Sequence[Tensor],
     scaling: float,
@@ -67,7 +84,7 @@ def attend_tiles_op(  # noqa: PLR0913
         q: [B, Hq, Q, d] with Q · Hq / H at most 16.
         key_tiles, value_tiles: uint8 [B, n, nbytes] of each of H heads.
         maps: ``FoldedTiles.matrix`` and ``shift`` of keys, then of values.
-        key_widths, value_widths: ``Tiling.widths`` of one head after another.
+        key_widths, value_widths: ``Tiling.widths`` of one head after another, a digit each.
         seen: int32 [1], tokens of a sequence, the queries' own included.
         exact: keys and values of first tokens [B, H, n, d], or nothing.
         scaling, softcap, sink_logits: as in ``ops.attend.attend``.
@@ -100,8 +117,8 @@ def _(  # noqa: PLR0913
     key_tiles: Sequence[Tensor],
     value_tiles: Sequence[Tensor],
     maps: Sequence[Tensor],
-    key_widths: Sequence[int],
-    value_widths: Sequence[int],
+    key_widths: str,
+    value_widths: str,
     seen: Tensor,
     exact: Sequence[Tensor],
     scaling: float,
@@ -112,20 +129,23 @@ def _(  # noqa: PLR0913
     return q.new_empty(batch, queries, heads, dim)
 
 
-def widths(tilings: Sequence[Tiling]) -> list[int]:
-    """``Tiling.widths`` of one head after another, as operators take them."""
-    return [width for tiling in tilings for width in tiling.widths]
+def widths(tilings: Sequence[Tiling]) -> str:
+    """``Tiling.widths`` of one head after another, a digit each, as operators take them.
+
+    A string is one constant of a graph, and one guard, where numbers would be hundreds.
+    """
+    return "".join(str(width) for tiling in tilings for width in tiling.widths)
 
 
-def tilings(numbers: Sequence[int], dim: int, rows: Rows) -> tuple[Tiling, ...]:
+def tilings(digits: str, dim: int, rows: Rows) -> tuple[Tiling, ...]:
     """Inverse of ``widths``."""
-    step = dim // CHUNK
-    return tuple(Tiling(tuple(numbers[i : i + step]), rows) for i in range(0, len(numbers), step))
+    step, numbers = dim // CHUNK, tuple(map(int, digits))
+    return tuple(Tiling(numbers[i : i + step], rows) for i in range(0, len(numbers), step))
 
 
-def _folded(maps: Sequence[Tensor], numbers: Sequence[int], rows: Rows) -> FoldedTiles:
+def _folded(maps: Sequence[Tensor], digits: str, rows: Rows) -> FoldedTiles:
     matrix, shift = maps
-    return FoldedTiles(tilings(numbers, matrix.shape[-1], rows), matrix, shift)
+    return FoldedTiles(tilings(digits, matrix.shape[-1], rows), matrix, shift)
 
 
 _readers: Shared[TileReader] = Shared()
@@ -135,8 +155,8 @@ def _reader(
     key_tiles: Sequence[Tensor],
     value_tiles: Sequence[Tensor],
     maps: Sequence[Tensor],
-    key_widths: Sequence[int],
-    value_widths: Sequence[int],
+    key_widths: str,
+    value_widths: str,
     scaling: float,
 ) -> TileReader:
     def make() -> TileReader:
@@ -145,5 +165,5 @@ def _reader(
         # the caller keeps the tiles
         return replace(TileReader.of(keys, values, scaling), tiles=())
 
-    others = tuple(key_widths), tuple(value_widths), scaling
+    others = key_widths, value_widths, scaling
     return _readers.get((*key_tiles, *value_tiles), maps, others, make)

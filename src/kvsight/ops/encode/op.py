@@ -20,8 +20,8 @@ def encode_tiles_op(  # noqa: PLR0913
     key_tiles: Sequence[Tensor],
     value_tiles: Sequence[Tensor],
     maps: Sequence[Tensor],
-    key_widths: Sequence[int],
-    value_widths: Sequence[int],
+    key_widths: str,
+    value_widths: str,
     seen: Tensor,
     first: int,
 ) -> None:
@@ -31,7 +31,7 @@ def encode_tiles_op(  # noqa: PLR0913
         k, v: [B, H, n, d].
         key_tiles, value_tiles: uint8 [B, tiles, nbytes] of each of H heads, with room for them.
         maps: ``FoldedEncoder.maps`` of keys, then of values.
-        key_widths, value_widths: ``Tiling.widths`` of one head after another.
+        key_widths, value_widths: ``Tiling.widths`` of one head after another, a digit each.
         seen: int32 [1], tokens of a sequence, the new ones included.
         first: how many of them have no codes.
     """
@@ -50,17 +50,17 @@ def _(  # noqa: PLR0913
     key_tiles: Sequence[Tensor],
     value_tiles: Sequence[Tensor],
     maps: Sequence[Tensor],
-    key_widths: Sequence[int],
-    value_widths: Sequence[int],
+    key_widths: str,
+    value_widths: str,
     seen: Tensor,
     first: int,
 ) -> None:
     return None
 
 
-def _encoder(maps: Sequence[Tensor], numbers: Sequence[int], rows: Rows) -> FoldedEncoder:
+def _encoder(maps: Sequence[Tensor], digits: str, rows: Rows) -> FoldedEncoder:
     halves, scale, shift = maps
-    return FoldedEncoder(tilings(numbers, halves.shape[-1], rows), halves, scale, shift)
+    return FoldedEncoder(tilings(digits, halves.shape[-1], rows), halves, scale, shift)
 
 
 _writers: Shared[TileWriter] = Shared()
@@ -69,12 +69,12 @@ _writers: Shared[TileWriter] = Shared()
 def _writer(
     tiles: tuple[Sequence[Tensor], Sequence[Tensor]],
     maps: Sequence[Tensor],
-    key_widths: Sequence[int],
-    value_widths: Sequence[int],
+    key_widths: str,
+    value_widths: str,
     dtype: torch.dtype,
 ) -> TileWriter:
     def make() -> TileWriter:
         sides = _encoder(maps[:3], key_widths, "tokens"), _encoder(maps[3:], value_widths, "coordinates")
         return TileWriter.of(*sides, *tiles, dtype)
 
-    return _writers.get((*tiles[0], *tiles[1]), maps, (tuple(key_widths), tuple(value_widths), dtype), make)
+    return _writers.get((*tiles[0], *tiles[1]), maps, (key_widths, value_widths, dtype), make)

@@ -1,0 +1,57 @@
+"""How many tokens a sequence has: one number on the device for all layers, and what the host knows."""
+
+import torch
+from torch import Tensor
+
+from kvsight.ops.attend.tiles_op import count_tokens_op
+
+
+class Counter:
+    """``seen`` int32 [1]: tokens of a sequence, as launches of every layer read it.
+
+    Graphs (of ``torch.compile``, or of CUDA) count when they are replayed, and tell nobody. So the host
+    keeps what it ``counted`` itself apart from what graphs ``replayed``, and asks the device once there
+    are graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Of no tokens yet."""
+        self.seen = torch.zeros(1, dtype=torch.int32, device=device)
+        self.counted = self.replayed = 0
+        self.in_graphs = False
+
+    @property
+    def recording(self) -> bool:
+        """Whether what is queued now goes into a graph."""
+        return torch.compiler.is_compiling() or (
+            self.seen.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+
+    @property
+    def before(self) -> Tensor:
+        """``seen`` as a scalar of its own, int64, for positions of the tokens that come."""
+        return self.seen[0].long()
+
+    def settle(self) -> int:
+        """How many tokens graphs have counted beside the host; waits for the device if there are graphs."""
+        if self.in_graphs and not self.recording:
+            now = int(self.seen)
+            self.replayed += now - self.counted
+            self.counted = now
+        return self.replayed
+
+    def advance(self, total: int, room: int) -> None:
+        """Count to ``total``. Layers follow one another, so the first to come does it for all."""
+        if total == self.counted:
+            return
+        if self.recording:
+            self.in_graphs = True
+            count_tokens_op(self.seen, total - self.counted, room)
+        else:
+            self.seen.add_(total - self.counted)
+        self.counted = total
+
+    def advance_in_graph(self, new: int, room: int) -> None:
+        """As ``advance``, by ``new`` tokens whenever the graph is replayed: numbers of the host stay."""
+        count_tokens_op(self.seen, new, room)
+        self.in_graphs = True

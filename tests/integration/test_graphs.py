@@ -1,0 +1,106 @@
+"""A decoding step that torch compiled: one graph for all steps, with the logits and bytes of eager ones."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.testing import CompileCounter
+from zoo import tokens
+
+import kvsight
+from kvsight.errors import KVSightError
+
+LAYOUT = (("layout", "tiles"),)
+
+
+@pytest.fixture
+def subject(model):
+    torch.compiler.reset()
+    yield model("llama")
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def fed(subject, plan):
+    """A cache that has room to token 140, fed with 124 tokens."""
+    cache = kvsight.PackedCache(plan("llama", "sight", bits=4.0, options=LAYOUT, sinks=3), tiles=True)
+    with torch.no_grad(), kvsight.enable(subject):
+        subject(tokens(2, 124), past_key_values=cache, use_cache=True)
+    cache.reserve(140)
+    return cache
+
+
+def stepper(run, cache, ids):
+    """Logits of one token after another; positions live beside the tokens, as on a device."""
+
+    def step(i, **more):
+        at = torch.full((2, 1), i)
+        with torch.no_grad():
+            return run(
+                ids[:, i : i + 1], position_ids=at, past_key_values=cache, use_cache=True, **more
+            ).logits
+
+    return step
+
+
+def test_a_step_is_compiled_once(subject, fed):
+    ids, counter = tokens(2, 200), CompileCounter()
+    kept = copy.deepcopy(fed)
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend=counter)
+    with kvsight.enable(subject):
+        wanted, found = stepper(subject, kept, ids), stepper(run, fed, ids)
+        # over the end of a tile; one in between is eager
+        for i in range(124, 138):
+            step = found if i != 130 else stepper(subject, fed, ids)
+            assert torch.equal(step(i), wanted(i))
+        assert counter.frame_count == 1
+        assert fed.get_seq_length() == kept.get_seq_length() == 138
+        assert fed.nbytes == kept.nbytes
+        for layer, other in zip(fed.layers, kept.layers, strict=True):
+            for state, same in zip(layer.tiles.states(), other.tiles.states(), strict=True):
+                for a, b in zip(state.coded, same.coded, strict=True):
+                    assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+        seen = fed.layers[0].tiles.seen
+        seen.fill_(fed.layers[0].tiles.room)
+        with pytest.raises(RuntimeError, match="past the room"):
+            found(138)
+        seen.fill_(138)
+        # what follows goes on from where graphs counted to
+        for cache in (fed, kept):
+            cache.crop(-3)
+        assert torch.equal(stepper(subject, fed, ids)(135), wanted(135))
+
+
+def test_positions_may_be_left_to_the_cache(model, plan):
+    subject, ids, counter = model("llama-1layer"), tokens(2, 80), CompileCounter()
+    fitted = plan("llama-1layer", "sight", bits=4.0, options=LAYOUT)
+    cache, kept = (kvsight.PackedCache(fitted, tiles=True) for _ in range(2))
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend=counter)
+    with torch.no_grad(), kvsight.enable(subject):
+        for c in (cache, kept):
+            subject(ids[:, :70], past_key_values=c, use_cache=True)
+        for i in range(70, 74):
+            found, wanted = (
+                call(ids[:, i : i + 1], past_key_values=c, use_cache=True).logits
+                for call, c in ((run, cache), (subject, kept))
+            )
+            assert torch.equal(found, wanted)
+    assert counter.frame_count == 1
+
+
+def test_what_graphs_refuse(model, plan):
+    subject, ids = model("llama-1layer"), tokens(2, 80)
+    fitted = plan("llama-1layer", "sight", bits=4.0, options=LAYOUT)
+    cache = kvsight.PackedCache(fitted, tiles=True)
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad(), kvsight.enable(subject):
+        subject(ids[:, :10], past_key_values=cache, use_cache=True)
+        with pytest.raises(KVSightError, match="it has 10 tokens"):
+            cache.reserve(100)
+        with pytest.raises((KVSightError, TorchDynamoException), match="wants a cache in tiles"):
+            run(ids[:, :1], past_key_values=cache, use_cache=True)
+        subject(ids[:, 10:70], past_key_values=cache, use_cache=True)
+        masks = torch.ones(2, 71, dtype=torch.long)
+        with pytest.raises((KVSightError, TorchDynamoException), match="no attention_mask"):
+            run(ids[:, :1], past_key_values=cache, use_cache=True, attention_mask=masks)
