@@ -184,7 +184,9 @@ def random_tiles(folded: Tiles, case: Case, counter: Counter, leads: bool) -> Ti
     """Tiles of random codes that share nothing with ``folded`` but numbers."""
     out = copy.copy(folded)
     out.folded = tuple(replace(f, matrix=f.matrix.clone(), shift=f.shift.clone()) for f in folded.folded)
-    out.encoders = tuple(replace(e, map=e.map.clone(), shift=e.shift.clone()) for e in folded.encoders)
+    out.encoders = tuple(
+        replace(e, halves=e.halves.clone(), shift=e.shift.clone()) for e in folded.encoders
+    )
     out.reading, out.writing = numbers(*out.folded), numbers(*out.encoders)
     out.counter, out.leads = counter, leads
     out._reader = {}
