@@ -151,6 +151,7 @@ def test_windows_in_rows_beside_softcap_and_sink_logits_in_tiles(kind):
     assert [layer.tiles is not None for layer in tiled.layers] == [False, True]
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_can_be_a_graph(there, compiled):
     model, plan, ids = there

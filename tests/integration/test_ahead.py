@@ -24,7 +24,7 @@ def asked(monkeypatch):
     """A machine that takes its CPU for a GPU: (kernels asked for ahead, kernels launched)."""
     ahead, launched = [], []
 
-    def compiled(source, shared_bytes):
+    def compiled(source, shared_bytes, device):
         launched.append(source)
         return Silent()
 

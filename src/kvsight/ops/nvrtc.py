@@ -26,12 +26,17 @@ class Kernel:
 
     function: Any
     shared_bytes: int
+    device: torch.device
 
     def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
-        """Queue it on torch's current stream."""
+        """Queue it on the device's current stream."""
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = _launcher()(self.function, *grid, threads, 1, 1, self.shared_bytes, stream, parameters, None)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        # a model may be spread over several devices
+        with torch.cuda.device(self.device):
+            code = _launcher()(
+                self.function, *grid, threads, 1, 1, self.shared_bytes, stream, parameters, None
+            )
         torch.cuda._utils._check_cuda(code)
 
 
@@ -90,7 +95,7 @@ def _check(result: int) -> None:
 
 
 @lru_cache(maxsize=16)
-def _target(device: torch.device | int) -> Target:
+def _target(device: torch.device) -> Target:
     version = ctypes.c_int(), ctypes.c_int()
     _check(_compiler().nvrtcVersion(*map(ctypes.byref, version)))
     major, minor = torch.cuda.get_device_capability(device)
@@ -107,14 +112,15 @@ def build_ahead(sources: Iterable[Source], device: torch.device) -> None:
 
 
 @lru_cache(maxsize=256)
-def compiled(source: Source, shared_bytes: int) -> Kernel:
-    """The kernel of a source for the current device; compiled once, also by earlier processes."""
+def compiled(source: Source, shared_bytes: int, device: torch.device) -> Kernel:
+    """The kernel of a source for a device; compiled once, also by earlier processes."""
     if not hasattr(torch.cuda, "_compile_kernel"):
         raise KVSightError(
             f"kernels are compiled by torch 2.9 or newer; this is torch {torch.__version__}."
         )
-    binary = _builds.binary(source, _target(torch.cuda.current_device()))
-    found: Any = torch.cuda._utils._cuda_load_module(binary, [source.name])
-    kernel = found[source.name]
-    kernel.set_shared_memory_config(shared_bytes)
-    return Kernel(kernel.func, shared_bytes)
+    binary = _builds.binary(source, _target(device))
+    with torch.cuda.device(device):
+        found: Any = torch.cuda._utils._cuda_load_module(binary, [source.name])
+        kernel = found[source.name]
+        kernel.set_shared_memory_config(shared_bytes)
+    return Kernel(kernel.func, shared_bytes, device)

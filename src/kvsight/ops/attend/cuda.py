@@ -480,15 +480,15 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 
 def attend_tiles(call: Call) -> Tensor:
-    """Queue a prepared call on the current stream; [B, Q, Hq, d]."""
-    kernel = _kernel(call.shape)
+    """Queue a prepared call on its device's current stream; [B, Q, Hq, d]."""
+    kernel = _kernel(call.shape, call.out.device)
     kernel.launch(call.grid, 32 * call.shape.warps, Arguments(**call.values))
     return call.out
 
 
 @lru_cache(maxsize=256)
-def _kernel(shape: Shape) -> Kernel:
-    return compiled(attend_source(shape), shape.shared_bytes)
+def _kernel(shape: Shape, device: torch.device) -> Kernel:
+    return compiled(attend_source(shape), shape.shared_bytes, device)
 
 
 def attend_source(shape: Shape) -> Source:

@@ -16,8 +16,6 @@ _LEAST = 8
 # parts that begin behind others have to end so much earlier than those that all begin at once, and
 # unequal parts so much earlier than equal ones
 _BEHIND, _UNEQUAL = 1.1, 1.04
-# parts are ordered by their size to so many steps of the largest
-_STEPS = 50
 # largest parts that are tried, as shares of what a block would have of all work
 _SIZES = (0.3, 0.4, 0.5, 0.62, 0.75, 0.88, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 
@@ -74,10 +72,12 @@ def schedule(
             if exact:
                 items.append((0.0, Item(sequence, head, count, count, slot, 0, 0)))
             slot += count + exact
-    step = max(size for size, _ in items) / _STEPS
-    # of parts of a size, those of different heads are neighbours: they need different things at a time
-    items.sort(key=lambda pair: (-round(pair[0] / step), pair[1].split, pair[1].sequence, pair[1].head))
-    return [item for _, item in items]
+    # sorting keeps the order of equals
+    order = [item for _, item in sorted(items, key=lambda pair: -pair[0])]
+    if batch * sum(map(len, best)) > blocks:
+        # those that begin at once are for different heads side by side: they need different things
+        order[:blocks] = sorted(order[:blocks], key=lambda item: (item.split, item.sequence, item.head))
+    return order
 
 
 def _cuts(span: int, largest: float, least: float, even: bool) -> list[float]:

@@ -59,7 +59,7 @@ class Unpacker:
         grid = self.grid(own, count)
         shape = grid[2], grid[1], TOKENS * count, self.columns
         out = torch.empty(shape, dtype=dtype, device=self.table.device)
-        kernel = compiled(unpack_source(self.columns, dtype), 0)
+        kernel = compiled(unpack_source(self.columns, dtype), 0, out.device)
         kernel.launch(grid, _THREADS, self.arguments(out, own, first, count))
         return out
 

@@ -265,7 +265,7 @@ class TileWriter:
         if shape is None:
             shape = suited(tiles, dim, k.dtype, self.image)
         blocks = shape.blocks(tiles, multiprocessors(k.device))
-        kernel = _kernel(shape, dim, k.dtype, self.image)
+        kernel = _kernel(shape, dim, k.dtype, self.image, k.device)
         kernel.launch((blocks, 1, 1), _LANES * shape.warps, self.arguments(k, v, seen, first, blocks))
 
 
@@ -275,8 +275,9 @@ def most_tiles(new: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _kernel(shape: Shape, dim: int, dtype: torch.dtype, image: int) -> Kernel:
-    return compiled(encode_source(shape, dim, dtype), shape.shared_bytes(dim, parts_of(dtype), image))
+def _kernel(shape: Shape, dim: int, dtype: torch.dtype, image: int, device: torch.device) -> Kernel:
+    shared = shape.shared_bytes(dim, parts_of(dtype), image)
+    return compiled(encode_source(shape, dim, dtype), shared, device)
 
 
 def encode_source(shape: Shape, dim: int, dtype: torch.dtype) -> Source:
