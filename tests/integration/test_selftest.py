@@ -17,8 +17,8 @@ def uncoded_reads(monkeypatch):
     """Caches whose bytes are right, and whose readers are given the numbers as they were."""
     start = hf.PackedLayer.__init__
 
-    def broken(layer, plan, planned, reads, raw_prefill, monitor=None, tiled=None):
-        start(layer, plan, planned, reads, True, monitor)
+    def broken(layer, plan, planned, reads, raw_prefill, *rest):
+        start(layer, plan, planned, reads, True, *rest)
 
     monkeypatch.setattr(hf.PackedLayer, "__init__", broken)
 

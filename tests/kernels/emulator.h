@@ -166,11 +166,6 @@ inline float bits_to_float(uint32_t x) {
     return y;
 }
 #define __uint_as_float bits_to_float
-inline float __fadd_ru(float x, float y) {
-    double sum = (double)x + y;
-    float rounded = (float)sum;
-    return rounded < sum ? nextafterf(rounded, INF) : rounded;
-}
 inline float __fmaf_rz(float x, float y, float z) {
     long double sum = (long double)x * y + z;
     float rounded = (float)sum;
@@ -321,7 +316,8 @@ inline uint32_t two_halves(float low, float high) {
     return bits;
 }
 inline uint32_t two_halves_within(float low, float high) {
-    return two_halves(fminf(fmaxf(low, -65504.f), 65504.f), fminf(fmaxf(high, -65504.f), 65504.f));
+    auto within = [](float x) { return x != x ? x : fminf(fmaxf(x, -65504.f), 65504.f); };
+    return two_halves(within(low), within(high));
 }
 inline uint32_t half_products_within(uint32_t x, uint32_t y) {
     return two_halves_within(from_half((uint16_t)x) * from_half((uint16_t)y),

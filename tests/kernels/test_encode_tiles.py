@@ -108,13 +108,13 @@ def check(layer, before, after, new, at):
         own, map_ = own.double(), folded.map(parts)[head].double()
         real = (own @ map_ + folded.shift[head, parts - 1].double())[..., : codec.format.stored]
         summed = 2.0**-16 * (own.abs() @ map_.abs() + 1)[..., : codec.format.stored]
-        known = ROUNDED[parts] * ((own - codec.transform.shift).abs() @ map_.abs())
-        codec_s = codec.quantizer.codes(codec.transform.forward(own.unsqueeze(1)))[:, 0]
-        most = codec_s.amax((0, 1)).new_tensor([2**w - 1 for w in folded.tilings[head].widths if w])
+        slack = ROUNDED[parts] * ((own - codec.transform.shift).abs() @ map_.abs())
+        coded = codec.quantizer.codes(codec.transform.forward(own.unsqueeze(1)))[:, 0]
+        most = coded.amax((0, 1)).new_tensor([2**w - 1 for w in folded.tilings[head].widths if w])
         nearest = (real - 0.5).ceil().clamp_min(0).minimum(most.repeat_interleave(CHUNK))
-        rounded = summed + known[..., : codec.format.stored]
+        rounded = summed + slack[..., : codec.format.stored]
         # what a number may be off by, and the code that it should get
-        for within, wanted in ((summed, nearest), (rounded, codec_s)):
+        for within, wanted in ((summed, nearest), (rounded, coded)):
             clear = ((real - 0.5).remainder(1) - 0.5).abs() < 0.5 - within
             assert clear.double().mean() > (0.95 if wanted is nearest else 0.8)
             for found in (got, twin):
@@ -237,3 +237,32 @@ def test_tokens_may_lie_anywhere(emulated, mixed):
     assert any(x.data_ptr() % 16 or x.stride(1) % 8 for x in odd)
     for one, other in zip(after, write(emulated, mixed, before, odd, 5), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_nearly_dead_coordinate_leaves_the_others_alone(emulated, dtype):
+    draw = torch.Generator().manual_seed(5)
+    turn = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64, generator=draw))[0]
+    spread = torch.ones(DIM, dtype=torch.float64)
+    # one that holds next to nothing, as a rotation to principal axes finds them, and a loud one
+    spread[5], spread[7] = 1e-6, 20.0
+    inverse = turn / spread.where(spread < 1, 1.0)
+    codec = Codec(
+        "dead",
+        centre(torch.zeros(1, DIM)).then(linear(inverse[None])).stored(),
+        row_quantizer((4,) * DIM, uniform),
+    )
+    coded = codec.coded((0,), codec.encode(torch.zeros(1, 1, 0, DIM)))
+    encoder = Encoder(coded, codec.transform.matrix, codec.transform.shift)
+    layer = Layer([[codec], [codec]], [fold_encoder([encoder], rows) for rows in ("tokens", "coordinates")])
+    new = [
+        (torch.randn(1, 1, 8, DIM, generator=draw, dtype=torch.float64) * spread @ turn.T).to(dtype)
+        for _ in range(2)
+    ]
+    before = layer.noise(1, TOKENS, draw)
+    found = layer.unpacked(write(emulated, layer, before, new, 0))
+    for got, x in zip(found, new, strict=True):
+        wanted = codec.quantizer.codes(codec.transform.forward(x.double()[0]))[0].int()
+        apart = (got[0, :8].int() - wanted).abs()
+        apart[:, 5] = 0
+        assert apart.max() <= 1

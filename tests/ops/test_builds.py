@@ -1,4 +1,4 @@
-"""Kernels are compiled once: by one thread of many, and by one process of many."""
+"""Kernels are compiled once: by one thread of many, and not where an earlier process kept them."""
 
 import logging
 import os

@@ -27,8 +27,8 @@ class Ahead:
     A launch that is not foreseen, such as one of several new tokens, compiles its kernel itself.
     """
 
-    def __init__(self, plan: Plan, query_heads: int | None, softcap: float | None) -> None:
-        """For a model with so many query heads in every layer, or None where they are not known."""
+    def __init__(self, plan: Plan, query_heads: object, softcap: float | None) -> None:
+        """For a model with so many query heads in every layer; not a number where that is not known."""
         self.plan, self.query_heads, self.softcap = plan, query_heads, softcap
         self._asked: set[tuple[torch.device, torch.dtype, int]] = set()
 
@@ -59,8 +59,9 @@ class Ahead:
     def _attend(
         self, dtype: torch.dtype, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]
     ) -> Iterator[Source]:
-        if self.query_heads is not None:
-            rows = self.query_heads // len(keys)
+        # a config may have a number for each layer
+        rows = self.query_heads // len(keys) if isinstance(self.query_heads, int) else 0
+        if rows:
             # the launch says what does not fit
             with suppress(KVSightError):
                 yield attend_source(shape_of(keys, values, rows, dtype, softcap=bool(self.softcap)))

@@ -50,11 +50,12 @@ class Builds:
     """Binaries of sources, by targets.
 
     ``compile`` takes a text, the name of its kernel and options; it runs on threads, several at a time.
+    A child process may be forked once ``start`` has begun threads, or where none is building.
     """
 
     def __init__(self, compile: Compile, kept: Binaries, workers: int | None = None) -> None:
         self._compile, self._kept = compile, kept
-        self._most_workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+        self._most_workers = workers or min(_MOST_WORKERS, _processors())
         self._forks = False
         self._clear()
 
@@ -123,3 +124,8 @@ class _Build:
         self.source, self.target = source, target
         self.lock = threading.Lock()
         self.binary: bytes | None = None
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -55,7 +55,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity)
         "r"(parity)
         : "memory");
 }
-// How lines are kept in the L2 cache: left first, so that others' stay there, or as the cache likes.
+// How lines are kept in the L2 cache: they leave first, so that others' stay, or do not change which leaves next.
 __device__ __forceinline__ uint64_t cache_policy(bool passing) {
     uint64_t policy;
     if (passing)

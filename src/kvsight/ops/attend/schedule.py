@@ -55,6 +55,7 @@ def schedule(
     for largest in _SIZES:
         for even in (True, False):
             cuts = [_cuts(span, largest * share, x, even) for span, x in zip(spans, least, strict=True)]
+            # exact tokens are few, and begin behind
             at_once = batch * sum(map(len, cuts)) <= blocks
             factor = _BEHIND if not at_once else 1.0 if even else _UNEQUAL
             tried.append((factor * _makespan(spans, cuts, batch, blocks, entry), cuts))

@@ -39,7 +39,7 @@ __device__ __forceinline__ uint32_t two_halves_within(float low, float high) {
 }
 __device__ __forceinline__ uint32_t half_products_within(uint32_t x, uint32_t y) {
     uint32_t z;
-    asm("mul.rn.f16x2 %0, %1, %2; min.f16x2 %0, %0, %3; max.f16x2 %0, %0, %4;"
+    asm("mul.rn.f16x2 %0, %1, %2; min.NaN.f16x2 %0, %0, %3; max.NaN.f16x2 %0, %0, %4;"
         : "=&r"(z) : "r"(x), "r"(y), "r"(0x7bff7bffu), "r"(0xfbfffbffu));
     return z;
 }

@@ -9,8 +9,10 @@ done to it. Sums are within 2^-16 Σ_i |x_i map_ij|. Where the number lies close
 levels, the code can differ by one from the reference's, which computes in fp64. A token gets the same code
 in every launch, with few tokens or many.
 
-bf16 and fp32 numbers are brought into fp16's range by a power of two for each head: numbers of up to 2^24
-steps of the finest coordinate are kept, and none moves a code by more than 2^-17 because it was small.
+bf16 and fp32 numbers are brought into fp16's range by a power of two for each head: numbers of up to 2^23
+steps are kept, and none moves a code by more than 2^-17 because it was small. Steps are those of the finest
+coordinate; coordinates much finer than the others, which hold next to nothing, do not count, and lose
+precision instead.
 """
 
 import ctypes
@@ -44,9 +46,11 @@ _STEP = 32
 _PARTS = 2
 # words of the kernel's ``Store``, and of its ``Coordinates`` besides their shifts
 _STORE_WORDS, _CHUNK_WORDS = 12, 8
-# halves end at 2^16: a map's columns stay below 2^15, a number of one step is at most 2^-8
+# halves end at 2^16: a map's columns stay below 2^15, a number of one step is at most 2^-7
 _HALF_BITS = 15
 _STEP_BITS = 8
+# how much finer than usual a coordinate may be and still count
+_FINER = 2.0**8
 # tiles that get a block of threads each; more are filled by warps
 _FEW_TILES = 512
 
@@ -88,7 +92,10 @@ class FoldedEncoder:
     @cached_property
     def range(self) -> Tensor:
         """[H], fp32: the power of two that brings a token's numbers into the range of halves."""
-        exponent = torch.frexp(self.map(1).abs().sum(1).amax(-1)).exponent
+        sums = self.map(1).abs().sum(1)
+        usual = sums.where(sums > 0, torch.nan).nanmedian(-1).values.nan_to_num()
+        # one that is nearly dead must not push all others out of range
+        exponent = torch.frexp(sums.amax(-1).minimum(_FINER * usual)).exponent
         return _power_of_two(exponent - _STEP_BITS)
 
     def operands(self, parts: int) -> Tensor:
@@ -291,6 +298,7 @@ def image_bytes(*tilings: Tiling) -> int:
     return max(1, -(-max(tiling.nbytes for tiling in tilings) // 1024)) * 1024
 
 
+@lru_cache(maxsize=64)
 def suited(tiles: int, dim: int, dtype: torch.dtype, image: int) -> Shape:
     """For so many tiles of both sides, of at most ``image`` bytes."""
     return few_tokens(dim) if tiles <= _FEW_TILES else many_tokens(dim, dtype, image)
