@@ -62,7 +62,7 @@ def test_a_step_is_compiled_once(subject, fed):
                 for a, b in zip(state.coded, same.coded, strict=True):
                     assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
         seen = fed.layers[0].tiles.seen
-        seen.fill_(fed.layers[0].tiles.room)
+        seen.fill_(fed.layers[0].tiles.first + fed.layers[0].tiles.room)
         with pytest.raises(RuntimeError, match="past the room"):
             found(138)
         seen.fill_(138)
@@ -80,6 +80,7 @@ def test_positions_may_be_left_to_the_cache(model, plan):
     with torch.no_grad(), kvsight.enable(subject):
         for c in (cache, kept):
             subject(ids[:, :70], past_key_values=c, use_cache=True)
+        cache.reserve(80)
         for i in range(70, 74):
             found, wanted = (
                 call(ids[:, i : i + 1], past_key_values=c, use_cache=True).logits
@@ -87,6 +88,36 @@ def test_positions_may_be_left_to_the_cache(model, plan):
             )
             assert torch.equal(found, wanted)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_graphs_may_break_around_the_cache(model, plan):
+    """From the first prompt on, with masks, and where nobody asked for one graph."""
+    torch.compiler.reset()
+    subject, ids = model("llama-1layer"), tokens(2, 81)
+    fitted = plan("llama-1layer", "sight", bits=4.0, options=LAYOUT)
+    cache, kept = (kvsight.PackedCache(fitted, tiles=True) for _ in range(2))
+    run = torch.compile(subject, backend="eager")
+    with torch.no_grad(), kvsight.enable(subject):
+        for start, stop in ((0, 80), (80, 81)):
+            mask = torch.ones(2, stop, dtype=torch.long)
+            found, wanted = (
+                call(ids[:, start:stop], past_key_values=c, use_cache=True, attention_mask=mask).logits
+                for call, c in ((run, cache), (subject, kept))
+            )
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+            assert cache.get_seq_length() == stop
+    torch.compiler.reset()
+
+
+def test_a_cache_outlives_inference_mode(model, plan):
+    subject, ids = model("llama-1layer"), tokens(2, 90)
+    cache = kvsight.PackedCache(plan("llama-1layer", "sight", bits=4.0, options=LAYOUT), tiles=True)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode(), kvsight.enable(subject):
+            subject(ids, past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 90
+        cache.reset()
 
 
 def test_what_graphs_refuse(model, plan):
@@ -101,6 +132,7 @@ def test_what_graphs_refuse(model, plan):
         with pytest.raises((KVSightError, TorchDynamoException), match="wants a cache in tiles"):
             run(ids[:, :1], past_key_values=cache, use_cache=True)
         subject(ids[:, 10:70], past_key_values=cache, use_cache=True)
+        cache.reserve(100)
         masks = torch.ones(2, 71, dtype=torch.long)
         with pytest.raises((KVSightError, TorchDynamoException), match="no attention_mask"):
             run(ids[:, :1], past_key_values=cache, use_cache=True, attention_mask=masks)

@@ -16,7 +16,9 @@ class Counter:
 
     def __init__(self, device: torch.device) -> None:
         """Of no tokens yet."""
-        self.seen = torch.zeros(1, dtype=torch.int32, device=device)
+        # caches outlive inference mode
+        with torch.inference_mode(False):
+            self.seen = torch.zeros(1, dtype=torch.int32, device=device)
         self.counted = self.replayed = 0
         self.in_graphs = False
 

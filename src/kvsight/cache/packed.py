@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from kvsight.cache.side import segments as segments_of
 from kvsight.cache.tiles import Fresh, Tiles
+from kvsight.errors import KVSightError
 from kvsight.ops.attend.ref import Segment
 from kvsight.plan import Plan
 
@@ -98,14 +99,22 @@ class Held:
             new = (fresh.keys, fresh.values)[side]
             return (*(segment for segment in before if segment.tokens), Segment(new.shape[2], dense=new))
 
-        return cls(tiles.total, segments, tiles, fresh)
+        return cls(tiles.first + tiles.known, segments, tiles, fresh)
 
 
 class TracedKV:
-    """What stands for a handle while ``torch.compile`` traces: no tensor, only our attention reads it."""
+    """What stands for handles while ``torch.compile`` traces: no tensor, only our attention reads it."""
 
-    def __init__(self, tiles: Tiles, plan: Plan) -> None:
-        self.tiles, self.plan = tiles, plan
+    def __init__(self, tiles: Tiles, reads: Reads) -> None:
+        self.tiles, self.reads = tiles, reads
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise KVSightError(
+            "a compiled step reads a PackedCache through kvsight.enable(model) only; the model's own "
+            f"attention asked for its {name}."
+        )
 
 
 class PackedKV(Tensor):

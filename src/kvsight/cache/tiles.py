@@ -60,6 +60,8 @@ class Tiles:
         self.first = key.sinks.shape[2]
         self.counter = Counter(key.sinks.device) if counter is None else counter
         self.leads = leads
+        # whether room was asked for, so that steps may be graphs
+        self.reserved = False
         # coded tokens but those that graphs counted
         self._coded = key.coded[0].tokens - self.counter.settle()
         folded = [_folded(state, rows) for state, rows in _both(key, value)]
@@ -73,12 +75,18 @@ class Tiles:
         self._reader: dict[float, TileReader] = {}
         self._prefill_reader: dict[float, PrefillReader] = {}
         self._writer: TileWriter | None = None
-        self.counter.advance(self.total, self.room)
+        self.counter.advance(self.total, self.first + self.room)
 
     @property
     def tokens(self) -> int:
         """Coded tokens. Waits for the device where graphs count; while one is recorded they are old."""
-        return self._coded + self.counter.settle()
+        self.counter.settle()
+        return self.known
+
+    @property
+    def known(self) -> int:
+        """Coded tokens, without those of graphs that were replayed since they were last settled."""
+        return self._coded + self.counter.replayed
 
     @property
     def total(self) -> int:
@@ -109,21 +117,23 @@ class Tiles:
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Tiles":
         # prepared launches hold addresses
-        states = self.states()
-        return Tiles(*states, copy.deepcopy(self.counter, memo), self.leads)
+        out = Tiles(*self.states(), copy.deepcopy(self.counter, memo), self.leads)
+        out.reserve(self.room, more=not self.reserved)
+        return out
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Code new tokens [B, H, n, d], that are ``check``ed, behind the others."""
         new = k.shape[2]
         if torch.compiler.is_compiling():
             if self.leads:
-                self.counter.advance_in_graph(new, self.room)
+                self.counter.advance_in_graph(new, self.first + self.room)
             encode_tiles_op(k, v, *self.tiles, *self.writing, self.seen, self.first)
             return
-        tokens = self.tokens
+        # the others come behind it
+        tokens = self.tokens if self.leads else self.known
         self.reserve(tokens + new)
         self._coded += new
-        self.counter.advance(self.first + tokens + new, self.room)
+        self.counter.advance(self.first + tokens + new, self.first + self.room)
         if k.is_cuda:
             if self._writer is None or self._writer.dtype != k.dtype:
                 self._writer = TileWriter.of(*self.encoders, *self.tiles, k.dtype)
@@ -132,7 +142,11 @@ class Tiles:
             write_tiles_ref(self.encoders, self.tiles, k, v, tokens)
 
     def reserve(self, tokens: int, more: bool = True) -> None:
-        """Room for so many coded tokens, and for some ``more`` if there was not enough."""
+        """Room for so many coded tokens, and for some ``more`` if there was not enough.
+
+        Without ``more`` it is meant for graphs: their launches are cut for all the room.
+        """
+        self.reserved |= not more
         if tokens > self.room:
             self._grow(_room(tokens) if more else -(-tokens // TOKENS))
 
@@ -156,7 +170,7 @@ class Tiles:
         exact = self._exact(q, fresh)
         options: dict[str, Any] = {"exact": exact, "softcap": softcap, "sink_logits": sink_logits}
         if many(q, fresh):
-            tokens = self.tokens if fresh is None else fresh.tokens
+            tokens = self.known if fresh is None else fresh.tokens
             return self._prefill(scaling).attend(q, tokens, hidden=hidden, **options)
         return self._attend_few(q, scaling, hidden, options)
 
@@ -165,6 +179,8 @@ class Tiles:
     ) -> Tensor:
         queries, heads = q.shape[2], len(self.tiles[0])
         step = max(1, MOST_ROWS * heads // q.shape[1])
+        # a graph that is recorded cannot be given another schedule
+        about = self.room if self.reserved else self.known
         # the kernel finds plain ranges itself
         ranges = None if q.is_cuda and hidden is None else self._ranges(q, hidden)
         parts: list[Tensor] = []
@@ -174,7 +190,7 @@ class Tiles:
             if q.is_cuda:
                 after = max(0, queries - start - step)
                 reader = self._read(scaling)
-                call = reader.call(block, self.tokens, own, seen=self.seen, after=after, **options)
+                call = reader.call(block, about, own, seen=self.seen, after=after, **options)
                 parts.append(attend_tiles(call))
             else:
                 assert own is not None
@@ -223,13 +239,13 @@ class Tiles:
         return Exact(key.sinks, value.sinks, none, none)
 
     def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor:
-        shape = q.shape[0], q.shape[2], self.first, self.tokens
+        shape = q.shape[0], q.shape[2], self.first, self.known
         if hidden is None:
             return _plain_ranges(*shape, q.device)
         return token_ranges(*shape, 0, hidden=hidden.cpu()).to(q.device)
 
     def _tokens(self) -> tuple[TiledTokens, TiledTokens]:
-        sides = [TiledTokens(f, t, self.tokens) for f, t in zip(self.folded, self.tiles, strict=True)]
+        sides = [TiledTokens(f, t, self.known) for f, t in zip(self.folded, self.tiles, strict=True)]
         return sides[0], sides[1]
 
     def _read(self, scaling: float) -> TileReader:

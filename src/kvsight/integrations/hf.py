@@ -24,6 +24,7 @@ from kvsight.cache import side as sides
 from kvsight.cache.ahead import Ahead
 from kvsight.cache.counter import Counter
 from kvsight.cache.monitor import Monitor, monitored
+from kvsight.cache.outside import outside_graphs
 from kvsight.cache.packed import Held, PackedKV, Reads, TracedKV
 from kvsight.cache.side import SideState, check_batch
 from kvsight.cache.tiles import MOST_NEW, Fresh, Tiles, check, fits_tiles, many, missing, ready
@@ -101,8 +102,17 @@ class PackedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Code the new tokens; return handles to all visible ones."""
-        if torch.compiler.is_compiling():
+        if self._in_one_graph:
             return self._update_in_graph(key_states, value_states)  # type: ignore[return-value]
+        return self._update(key_states, value_states)
+
+    @property
+    def _in_one_graph(self) -> bool:
+        """Whether a step is traced that shall be a graph: others compile in pieces, around the cache."""
+        return self.tiles is not None and self.tiles.reserved and torch.compiler.is_compiling()
+
+    @outside_graphs
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._to_tiles(key_states.shape[2]):
@@ -141,8 +151,13 @@ class PackedLayer(CacheLayerMixin):
             self._length, self.tiles = self.tiles.total, None
 
     def _update_tiles(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        new, before = key_states.shape[2], self.cumulative_length
         entered = self.tiles is None
+        if self.tiles is not None and self.tiles.leads:
+            self.tiles.counter.settle()
+        new, before = (
+            key_states.shape[2],
+            self._length if self.tiles is None else self.tiles.first + self.tiles.known,
+        )
         tiles, first = self._tiles(key_states, value_states)
         fresh = None
         if self.raw_prefill and new > 1:
@@ -184,18 +199,14 @@ class PackedLayer(CacheLayerMixin):
 
     def _update_in_graph(self, key_states: Tensor, value_states: Tensor) -> tuple[TracedKV, TracedKV]:
         """As ``_update_tiles``, but numbers of the host stay, as a graph would hold on to them."""
-        if self.tiles is None:
-            raise KVSightError(
-                "a compiled step wants a cache in tiles: fit the plan with the option layout=tiles, feed "
-                "64 tokens and then call cache.reserve(tokens)."
-            )
+        assert self.tiles is not None
         if self.raw_prefill and key_states.shape[2] > 1:
             raise KVSightError(
                 f"compiled steps of a cache with prefill='raw' take one token; got {key_states.shape[2]}."
             )
         check_batch(self.tiles.bare[0], key_states)
         self.tiles.append(key_states, value_states)
-        handle = TracedKV(self.tiles, self.plan)
+        handle = TracedKV(self.tiles, self.reads)
         return handle, handle
 
     def reserve(self, tokens: int) -> None:
@@ -206,7 +217,8 @@ class PackedLayer(CacheLayerMixin):
         if self.tiles is None:
             raise KVSightError(
                 f"layer {self.layer.index} has no tiles to reserve room in; it has {self._length} tokens. "
-                "Tiles want a plan fitted with the option layout=tiles, a GPU or tiles=True, and 64 tokens."
+                "Tiles want a plan fitted with the option layout=tiles, a GPU or tiles=True, 64 tokens, "
+                "and no sliding window nor exact last tokens."
             )
         self.tiles.reserve(tokens, more=False)
 
@@ -240,13 +252,14 @@ class PackedLayer(CacheLayerMixin):
         return None
 
     def get_seq_length(self) -> int:
-        if self.tiles is not None and self.tiles.counter.recording:
+        tiles = self.tiles
+        if tiles is not None and tiles.reserved and tiles.counter.recording:
             # a number would stay the same in every replay; callers add it to a tensor of positions
-            return self.tiles.counter.before  # type: ignore[return-value]
+            return tiles.counter.before  # type: ignore[return-value]
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.tiles is not None and torch.compiler.is_compiling():
+        if self._in_one_graph and self.tiles is not None:
             # graphs must not depend on how many tokens there are
             return self.tiles.room, 0
         return self.cumulative_length + query_length, 0
@@ -266,6 +279,8 @@ class PackedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.key_state = self.value_state = self.tiles = None
+        # graphs that counted are of no use any more
+        self.counters.clear()
         self.cumulative_length = 0
         self.is_initialized = False
 
@@ -421,9 +436,12 @@ class PackedCache(Cache):
         """Make room for so many tokens in all: no step until then allocates, so steps can be graphs.
 
         Steps of one token that ``torch.compile`` compiled, or that a CUDA graph holds, are replayed without
-        Python, so they cannot make room themselves; one too many raises. Raises ``KVSightError`` unless
-        all layers can be held in tiles by now.
+        Python, so they cannot make room themselves; one too many fails, on a GPU for good. What moves
+        tokens (``crop``, ``save``, beams, a copy, more room) ends graphs that were captured: reserve and
+        capture again. Raises ``KVSightError`` unless all layers can be held in tiles by now.
         """
+        if tokens < 1:
+            raise KVSightError(f"room is for at least one token; got {tokens}.")
         for layer in self._packed_layers():
             layer.reserve(tokens)
 
@@ -543,8 +561,8 @@ def enable(model: PreTrainedModel) -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(key, TracedKV):
-            if key.plan.fingerprint != here:
-                check_model(key.plan, model)
+            if key.reads.plan.fingerprint != here:
+                check_model(key.reads.plan, model)
             scale = default_scaling(module, query, scaling)
             return _in_graph(module, query, key, attention_mask, scale, kwargs), None
         if isinstance(key, PackedKV) and isinstance(value, PackedKV) and fused_arguments(kwargs):
@@ -569,6 +587,12 @@ def _in_graph(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """As ``_on_codes`` while a step is compiled: one new token of each sequence sees all others."""
+    if not torch.compiler.is_compiling():
+        # the graph ended between the cache and this
+        handle.tiles.counter.settle()
+        like = query.new_empty(query.shape[0], len(handle.tiles.tiles[0]), 0, query.shape[3])
+        key, value = (PackedKV(Held.in_tiles(handle.tiles, side), like, handle.reads) for side in (0, 1))
+        return _on_codes(module, query, key, value, mask, scaling, kwargs)
     if mask is not None or not _causal(module, kwargs) or not fused_arguments(kwargs):
         raise KVSightError(
             "compiled attention over a PackedCache is causal and has no mask: feed one token of every "
@@ -583,6 +607,7 @@ def _causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
+@outside_graphs
 def _on_codes(
     module: nn.Module,
     query: Tensor,
