@@ -34,7 +34,7 @@ class Ahead:
 
     def start(self, k: Tensor, *, reads_codes: bool) -> None:
         """Where layers are about to code tokens k [B, H, n, d]; ``reads_codes`` as in ``sources``."""
-        if not k.is_cuda or torch.compiler.is_compiling():
+        if not k.is_cuda:
             return
         asked = k.device, k.dtype, k.shape[0]
         if asked not in self._asked:

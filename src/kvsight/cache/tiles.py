@@ -118,7 +118,8 @@ class Tiles:
     def __deepcopy__(self, memo: dict[int, object]) -> "Tiles":
         # prepared launches hold addresses
         out = Tiles(*self.states(), copy.deepcopy(self.counter, memo), self.leads)
-        out.reserve(self.room, more=not self.reserved)
+        if self.reserved:
+            out.reserve(self.room, more=False)
         return out
 
     def append(self, k: Tensor, v: Tensor) -> None:

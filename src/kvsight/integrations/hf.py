@@ -154,10 +154,8 @@ class PackedLayer(CacheLayerMixin):
         entered = self.tiles is None
         if self.tiles is not None and self.tiles.leads:
             self.tiles.counter.settle()
-        new, before = (
-            key_states.shape[2],
-            self._length if self.tiles is None else self.tiles.first + self.tiles.known,
-        )
+        new = key_states.shape[2]
+        before = self._length if self.tiles is None else self.tiles.first + self.tiles.known
         tiles, first = self._tiles(key_states, value_states)
         fresh = None
         if self.raw_prefill and new > 1:
