@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 import torch
 from attend import Case, baselines, cold
-from common import calibration_ids, write
+from common import calibration_ids, wall_milliseconds, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -227,12 +227,7 @@ def gate(call: Reading, run: Callable[[], Tensor], sequences: Sequence[int]) -> 
 
 def wall(run: Callable[[], object]) -> float:
     """Median milliseconds of a few calls on the CPU."""
-    times: list[float] = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
+    return statistics.median(wall_milliseconds(run) for _ in range(3))
 
 
 def bf16(case: Case, device: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ def milliseconds(run: Callable[[], object]) -> float:
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop)
+
+
+def wall_milliseconds(run: Callable[[], object]) -> float:
+    """Of ``run`` on the host."""
+    begin = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - begin)
 
 
 def write(result: dict[str, Any], path: Path | None) -> None:

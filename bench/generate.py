@@ -185,7 +185,8 @@ def random_tiles(folded: Tiles, case: Case, counter: Counter, leads: bool) -> Ti
     out = copy.copy(folded)
     out.folded = tuple(replace(f, matrix=f.matrix.clone(), shift=f.shift.clone()) for f in folded.folded)
     out.encoders = tuple(
-        replace(e, halves=e.halves.clone(), shift=e.shift.clone()) for e in folded.encoders
+        replace(e, halves=e.halves.clone(), scale=e.scale.clone(), shift=e.shift.clone())
+        for e in folded.encoders
     )
     out.reading, out.writing = numbers(*out.folded), numbers(*out.encoders)
     out.counter, out.leads = counter, leads

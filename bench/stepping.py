@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import milliseconds
+from common import milliseconds, wall_milliseconds
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache
@@ -89,17 +89,12 @@ def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def timed(step: Step) -> float:
     """Median milliseconds of a step, of as many as ``SECONDS`` allow, five at least."""
+    clock = milliseconds if torch.cuda.is_available() else wall_milliseconds
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 5 or (len(times) < STEPS and time.perf_counter() - begin < SECONDS):
-        times.append(milliseconds(step) if torch.cuda.is_available() else _host_milliseconds(step))
+        times.append(clock(step))
     return statistics.median(times[2:])
-
-
-def _host_milliseconds(step: Step) -> float:
-    begin = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begin)
 
 
 def as_graph(step: Step) -> Step:

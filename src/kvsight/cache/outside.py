@@ -9,7 +9,7 @@ import torch
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-REASON = (
+_REASON = (
     "kvsight: a compiled step wants a cache in tiles with room for it. Fit the plan with the option "
     "layout=tiles, feed 64 tokens and then call cache.reserve(tokens)."
 )
@@ -29,7 +29,7 @@ def outside_graphs(function: _F) -> _F:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not kept:
-            kept.append(torch.compiler.disable(function, reason=REASON))
+            kept.append(torch.compiler.disable(function, reason=_REASON))
         return kept[0](*args, **kwargs)
 
     return run  # type: ignore[return-value]

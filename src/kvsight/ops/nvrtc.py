@@ -15,7 +15,7 @@ from kvsight.ops.builds import Builds, Source, Target
 
 # what kernels call the types of keys, values and queries
 NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-NUMBERS_SOURCE = Path(__file__).with_name("numbers.cuh")
+NUMBERS_SOURCE, HALVES_SOURCE = (Path(__file__).with_name(f"{name}.cuh") for name in ("numbers", "halves"))
 # what a multiprocessor has of shared memory since Hopper, and what every block takes of it unasked
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024
 

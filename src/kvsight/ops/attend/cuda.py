@@ -17,6 +17,7 @@ from kvsight.ops.attend.schedule import schedule
 from kvsight.ops.attend.tiles import FoldedTiles, most_blocks
 from kvsight.ops.builds import Source
 from kvsight.ops.nvrtc import (
+    HALVES_SOURCE,
     NUMBERS,
     NUMBERS_SOURCE,
     RESERVED_BYTES,
@@ -28,7 +29,7 @@ from kvsight.ops.nvrtc import (
 from kvsight.tiling import CHUNK, TOKENS, Tiling
 
 _NAMES = ("intrinsics.cuh", "tiles.cuh", "maps.cuh", "products.cuh", "tiles.cu")
-SOURCES = (NUMBERS_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
+SOURCES = (NUMBERS_SOURCE, HALVES_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
 # query rows of a tensor core's product
 _ROWS = 4
 # the first compute capability that copies in bulk
@@ -356,16 +357,16 @@ class TileReader:
 
     def _setup(self, size: "_Size") -> "_Setup":
         device = self.heads.device
-        shape = self._shape(size)
+        keys, values = (side.tilings for side in self.sides)
+        given = dict(size.given)
+        shape = shape_of(keys, values, size.rows, size.dtype, softcap=size.softcap, given=given)
         blocks = size.workers or shape.blocks * multiprocessors(device)
         # heads of more rows than an item has are read more than once, at about the same time
         pieces = -(-size.rows // shape.rows)
         parts = schedule(
             self.costs, size.batch * pieces, size.tiles, blocks, entry=_ENTRY_COST, exact=size.exact
         )
-        stages = [
-            shape.stages(k.nbytes, v.nbytes) for k, v in zip(*(s.tilings for s in self.sides), strict=True)
-        ]
+        stages = [shape.stages(k.nbytes, v.nbytes) for k, v in zip(keys, values, strict=True)]
         rows = [
             (
                 item.sequence // pieces,
@@ -391,11 +392,6 @@ class TileReader:
             log2 = self.scaling * math.log2(math.e)
             self.maps[parts] = key_maps(keys, log2, parts), value_maps(values, parts)
         return self.maps[parts]
-
-    def _shape(self, size: "_Size") -> Shape:
-        keys, values = (side.tilings for side in self.sides)
-        given = dict(size.given)
-        return shape_of(keys, values, size.rows, size.dtype, softcap=size.softcap, given=given)
 
 
 def _row_tiles(rows: int) -> int:

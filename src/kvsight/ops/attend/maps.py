@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kvsight.ops.attend.tiles import FoldedTiles
+from kvsight.ops.attend.tiles import FoldedTiles, middles
 from kvsight.tiling import CHUNK, Block, Tiling
 
 _BLOCKS = 4
@@ -22,10 +22,7 @@ def key_maps(keys: FoldedTiles, factor: float, parts: int) -> Tensor:
 
 def value_maps(values: FoldedTiles, parts: int) -> Tensor:
     """What turns weighted sums of codes, from their middles, into outputs: uint8 [H, bytes]."""
-    rows = [_middles(tiling) for tiling in values.tilings]
-    middles = torch.tensor(rows, dtype=torch.float64, device=values.shift.device)
-    shift = values.shift + (middles.unsqueeze(1) @ values.matrix.double()).squeeze(1)
-    return _maps(values.matrix.mT, shift, parts)
+    return _maps(values.matrix.mT, values.middle, parts)
 
 
 def chunk_tables(side: FoldedTiles) -> Tensor:
@@ -90,12 +87,8 @@ def _table(tiling: Tiling, chunks: int) -> list[list[float]]:
     found: list[list[tuple[int, Block]]] = [[] for _ in range(chunks)]
     for place, block in _places(tiling).items():
         found[block.chunk].append((place, block))
-    return [[*_entry(own), middle] for own, middle in zip(found, _middles(tiling)[::CHUNK], strict=True)]
-
-
-def _middles(tiling: Tiling) -> list[float]:
-    """The middle of the codes of every coordinate."""
-    return [(2**width - 1) / 2 for width in tiling.widths for _ in range(CHUNK)]
+    middle = middles(tiling, CHUNK * chunks)[::CHUNK].tolist()
+    return [[*_entry(own), number] for own, number in zip(found, middle, strict=True)]
 
 
 def _entry(own: Sequence[tuple[int, Block]]) -> list[float]:

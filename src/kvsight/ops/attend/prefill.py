@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from kvsight.errors import KVSightError
 from kvsight.ops.attend.cuda import Exact, TiledTokens
 from kvsight.ops.attend.tiles import FoldedTiles
-from kvsight.ops.attend.unpack import Unpacker, middles
+from kvsight.ops.attend.unpack import Unpacker
 from kvsight.tiling import CHUNK, TOKENS, Tiling
 
 # centred codes that exist at once
@@ -212,10 +212,7 @@ class _Map:
 def _centred(folded: FoldedTiles, columns: int) -> tuple[Tensor, Tensor]:
     """Matrix [H, columns, d] and shift [H, d] of centred codes, fp32."""
     matrix = folded.matrix[:, :columns]
-    matrix = pad(matrix, (0, 0, 0, columns - matrix.shape[1]))
-    middle = torch.stack([middles(tiling, columns) for tiling in folded.tilings]).to(matrix.device)
-    shift = folded.shift.double() + (middle.unsqueeze(1) @ matrix.double()).squeeze(1)
-    return matrix, shift.float()
+    return pad(matrix, (0, 0, 0, columns - matrix.shape[1])), folded.middle
 
 
 def _alike(begin: Sequence[int], most: int) -> Iterator[slice]:

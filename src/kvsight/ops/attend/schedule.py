@@ -51,15 +51,15 @@ def schedule(
     spans = [cost * tiles for cost in costs]
     share = batch * sum(spans) / blocks
     least = [min(1.0, _LEAST / tiles)] * len(spans)
-    tried: list[tuple[float, list[list[float]]]] = []
+    tried: list[tuple[float, bool, list[list[float]]]] = []
     for largest in _SIZES:
         for even in (True, False):
             cuts = [_cuts(span, largest * share, x, even) for span, x in zip(spans, least, strict=True)]
             # exact tokens are few, and begin behind
-            at_once = batch * sum(map(len, cuts)) <= blocks
-            factor = _BEHIND if not at_once else 1.0 if even else _UNEQUAL
-            tried.append((factor * _makespan(spans, cuts, batch, blocks, entry), cuts))
-    _, best = min(tried, key=lambda pair: pair[0])
+            behind = batch * sum(map(len, cuts)) > blocks
+            factor = _BEHIND if behind else 1.0 if even else _UNEQUAL
+            tried.append((factor * _makespan(spans, cuts, batch, blocks, entry), behind, cuts))
+    _, behind, best = min(tried, key=lambda found: found[0])
     items: list[tuple[float, Item]] = []
     slot = 0
     for sequence in range(batch):
@@ -75,7 +75,7 @@ def schedule(
             slot += count + exact
     # sorting keeps the order of equals
     order = [item for _, item in sorted(items, key=lambda pair: -pair[0])]
-    if batch * sum(map(len, best)) > blocks:
+    if behind:
         # those that begin at once are for different heads side by side: they need different things
         order[:blocks] = sorted(order[:blocks], key=lambda item: (item.split, item.sequence, item.head))
     return order

@@ -38,9 +38,23 @@ class FoldedTiles:
         return self.matrix, self.shift
 
     @property
+    def middle(self) -> Tensor:
+        """What codes in the middle of their ranges decode to: [H, d], fp32."""
+        at = torch.stack([middles(tiling, self.matrix.shape[1]) for tiling in self.tilings])
+        moved = at.to(self.matrix.device).unsqueeze(1) @ self.matrix.double()
+        return (self.shift.double() + moved.squeeze(1)).float()
+
+    @property
     def blocks(self) -> int:
         """The most blocks of any head, rounded up so that few kernels serve all layers."""
         return most_blocks(self.tilings)
+
+
+def middles(tiling: Tiling, columns: int) -> Tensor:
+    """The middle of every coordinate's codes [columns], fp64; zero for those without bits."""
+    widths = [width for width in tiling.widths if width for _ in range(CHUNK)]
+    found = [(2**width - 1) / 2 for width in widths]
+    return torch.tensor(found + [0.0] * (columns - len(found)), dtype=torch.float64)
 
 
 def tileable(coded: Coded) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvsight.ops.attend.tiles import middles
 from kvsight.ops.builds import Source
 from kvsight.ops.nvrtc import NUMBERS, NUMBERS_SOURCE, compiled
 from kvsight.tiling import CHUNK, TOKENS, Tiling, lane_bytes
@@ -93,13 +94,6 @@ def unpack_ref(
         codes = tiling.unpack(own[:, first : first + count]).to(dtype)
         out[:, head, :, : tiling.stored] = codes - middles(tiling, tiling.stored).to(codes)
     return out
-
-
-def middles(tiling: Tiling, columns: int) -> Tensor:
-    """The middle of every coordinate's codes [columns], fp64; zero for those without bits."""
-    widths = [width for width in tiling.widths if width for _ in range(CHUNK)]
-    found = [(2**width - 1) / 2 for width in widths]
-    return torch.tensor(found + [0.0] * (columns - len(found)), dtype=torch.float64)
 
 
 def shared_bytes(columns: int) -> int:

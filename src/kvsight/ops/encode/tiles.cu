@@ -26,11 +26,6 @@ constexpr int CHUNK_VECTORS = PRODUCTS * PARTS * LANES;
 constexpr bool HELD = TEAM > 1 && TEAM >= CHUNKS && HEAD_DIM <= 128;
 
 #ifndef EMULATED
-__device__ __forceinline__ void mma_half(float *c, const uint4 &a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
 // two numbers in a word each; what is too large for a half becomes the largest one
 __device__ __forceinline__ uint32_t two_halves_within(float low, float high) {
     uint32_t y;
@@ -47,11 +42,6 @@ __device__ __forceinline__ uint32_t bf16_products(uint32_t x, uint32_t y) {
     uint32_t z;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
     return z;
-}
-__device__ __forceinline__ float from_half(uint16_t bits) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
-    return y;
 }
 __device__ __forceinline__ void copy_async(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)

@@ -28,6 +28,7 @@ from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import steps, tiling_of
 from kvsight.ops.builds import Source
 from kvsight.ops.nvrtc import (
+    HALVES_SOURCE,
     NUMBERS,
     NUMBERS_SOURCE,
     RESERVED_BYTES,
@@ -38,7 +39,7 @@ from kvsight.ops.nvrtc import (
 )
 from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling, lane_bytes
 
-SOURCES = (NUMBERS_SOURCE, Path(__file__).with_name("tiles.cu"))
+SOURCES = (NUMBERS_SOURCE, HALVES_SOURCE, Path(__file__).with_name("tiles.cu"))
 _LANES = 32
 # coordinates that a lane group reads of a token at once
 _STEP = 32
