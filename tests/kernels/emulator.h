@@ -270,21 +270,21 @@ inline void barrier_init(uint64_t *at) {
     emulator::barriers.push_back({});
 }
 inline void barrier_init_done() {}
-inline void barrier_expect(uint64_t *at, int bytes) {
+inline uint64_t cache_policy(bool) { return 0; }
+// One lane of a warp copies.
+inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *at, uint64_t) {
+    if (emulator::lane()) return;
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes < 0) {
+        fprintf(stderr, "a bulk copy of %d bytes is not aligned\n", bytes);
+        abort();
+    }
     auto &b = emulator::barrier(at);
     if (b.armed) {
         fprintf(stderr, "a barrier is armed twice\n");
         abort();
     }
     b.armed = true, b.expected = bytes;
-}
-inline uint64_t cache_policy(bool) { return 0; }
-inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *at, uint64_t) {
-    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes <= 0) {
-        fprintf(stderr, "a bulk copy of %d bytes is not aligned\n", bytes);
-        abort();
-    }
-    emulator::barrier(at).copies.push_back({to, from, bytes});
+    b.copies.push_back({to, from, bytes});
 }
 // The first lane that waits makes the copies.
 inline void barrier_wait(uint64_t *at, uint32_t parity) {

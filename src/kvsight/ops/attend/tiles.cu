@@ -26,28 +26,24 @@ __device__ __forceinline__ int value_words(const Head &h) { return 4 * h.value4 
 // keys, then slots for values.
 struct Stream {
     int begin, end, key_bytes, value_bytes, key_stages, value_stages;
-    __device__ __forceinline__ int tiles(int warp) const { return max(0, (end - begin - warp + WARPS - 1) / WARPS); }
 };
 __device__ __forceinline__ Stream stream_of(const Arguments &a, const Item &item, int total) {
     const int from = visible(a, total, item.sequence, 0).coded0;
     const int to = visible(a, total, item.sequence, a.queries - 1).coded1;
     const int tile0 = from / TOKENS, tiles = max(0, (to + TOKENS - 1) / TOKENS - tile0);
-    return {tile0 + (int)((long long)tiles * item.from >> 20), tile0 + (int)((long long)tiles * item.to >> 20),
-            128 * key_words(item.h), 128 * value_words(item.h), item.key_stages, item.value_stages};
+    const int begin = tile0 + (int)((long long)tiles * item.from >> 20);
+    const int end = tile0 + (int)((long long)tiles * item.to >> 20);
+    return {begin, end, 128 * key_words(item.h), 128 * value_words(item.h), item.key_stages, item.value_stages};
 }
 
-// What one side of a warp's ring is filled from: the next tile, and how many are left.
+// What one side of the rings is filled from: tiles of a sequence, so many ahead of the one that is read.
 struct alignas(16) Feed {
     const uint8_t *from;
-    int bytes, left;
+    int bytes, ahead;
     uint64_t policy;
-    // Begins to fill a slot with the next tile, if there is one.
-    __device__ __forceinline__ void next(void *slot, uint64_t *barrier) {
-        const Feed now = *this;
-        if (now.left <= 0) return;
-        barrier_expect(barrier, now.bytes);
-        if (now.bytes) copy_bulk(slot, now.from, now.bytes, barrier, now.policy);
-        from = now.from + WARPS * now.bytes, left = now.left - 1;
+    // Begins to fill a slot with tile `next`, if the part has it. All lanes call it.
+    __device__ __forceinline__ void fill(int next, int end, void *slot, uint64_t *barrier) const {
+        if (next < end) copy_bulk(slot, from + (long long)next * bytes, bytes, barrier, policy);
     }
 };
 
@@ -59,7 +55,7 @@ struct Memory {
     Row *rows;                    // [ROWS]
     uint16_t *halves;             // what is mapped before the loop, and behind it (maps.cuh)
     float *work;                  // [2, WARPS, ROWS]
-    Feed *feeds;                  // [2] of the warp: keys, values
+    Feed *feeds;                  // [2]: keys, values
     Stream *stream;
     int total;                    // as in `visible`
 
@@ -70,10 +66,11 @@ struct Memory {
     __device__ __forceinline__ float2 *tops() const { return (float2 *)(merged() + (SHARES + 1) * ROWS * HEAD_DIM); }
 };
 
-__device__ __forceinline__ void fill_slots(unsigned char *slots, Feed &feed, int count, uint64_t *barriers) {
-    const int bytes = feed.bytes;
+__device__ __forceinline__ void fill_slots(unsigned char *slots, const Feed &feed, int tile, const Stream &stream,
+                                           int stages, uint64_t *barriers) {
 #pragma unroll 1
-    for (int n = 0; n < count; n++) feed.next(slots + n * bytes, barriers + n);
+    for (int n = 0; n < stages; n++, tile += WARPS)
+        feed.fill(tile, stream.end, slots + n * feed.bytes, barriers + n);
 }
 
 // What a warp has of one query row: four numbers a lane of every 128, and what codes of zero decode to.
@@ -183,7 +180,7 @@ __device__ __forceinline__ void fold_queries(const Arguments &a, const Item &ite
 
 // What comes before the first tile. Not inlined, so that the loop gets registers of its own.
 __device__ __noinline__ void begin(const Arguments &a, const Item &item, const Memory m) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int warp = threadIdx.x / LANES;
     const Map map = {a.key_maps + (long long)item.head * MAP_BYTES};
     const long long before = ((long long)item.sequence * a.head_count + item.head) * a.rows + item.row;
     const Number *rows = a.query + before * HEAD_DIM;
@@ -194,23 +191,20 @@ __device__ __noinline__ void begin(const Arguments &a, const Item &item, const M
     operand.load(map, min(warp, CHUNKS - 1), 0);
     const Stream stream = stream_of(a, item, m.total);
     const Head &h = item.h;
-    const int tiles = stream.tiles(warp), first = stream.begin + warp;
-    if (threadIdx.x == 0) *m.stream = stream;
-    if (lane < 2) {
-        const uint8_t *from = lane ? h.values + item.sequence * h.value_batch : h.keys + item.sequence * h.key_batch;
-        const int bytes = lane ? stream.value_bytes : stream.key_bytes;
-        m.feeds[lane] = {from + (long long)first * bytes, bytes, tiles, cache_policy(tiles <= PASSING)};
-    }
+    const uint64_t policy = cache_policy(stream.end - stream.begin <= PASSING * WARPS);
+    const Feed feeds[2] = {
+        {h.keys + item.sequence * h.key_batch, stream.key_bytes, stream.key_stages * WARPS, policy},
+        {h.values + item.sequence * h.value_batch, stream.value_bytes, stream.value_stages * WARPS, policy}};
+    if (threadIdx.x == 0) *m.stream = stream, m.feeds[0] = feeds[0], m.feeds[1] = feeds[1];
     for (int i = threadIdx.x; i < FRAGMENTS / 4; i += THREADS) ((int4 *)m.fragments)[i] = {};
     for (int row = warp; row < ROWS; row += WARPS) {
         if (row > warp) query.load(rows, map.shift(), row, left);
         query.store(m, row);
     }
     // the query is here, and the map on its way: they would have waited behind tiles
-    if (lane == 0) fill_slots(m.ring, m.feeds[0], stream.key_stages, m.barriers);
-    if (lane == 1)
-        fill_slots(m.ring + stream.key_stages * stream.key_bytes, m.feeds[1], stream.value_stages,
-                   m.barriers + MOST_STAGES);
+    fill_slots(m.ring, feeds[0], stream.begin + warp, stream, stream.key_stages, m.barriers);
+    fill_slots(m.ring + stream.key_stages * stream.key_bytes, feeds[1], stream.begin + warp, stream,
+               stream.value_stages, m.barriers + MOST_STAGES);
     __syncthreads();
     fold_queries(a, item, m, map, operand);
 }
@@ -240,7 +234,7 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
     const Head &h = item.h;
     begin(a, item, m);
     const Stream &stream = *m.stream;  // in shared memory: the loop has no registers left
-    const int mine = stream.tiles(warp);
+    const int end = stream.end;
     const Row *rows = m.rows + t;
     const int kinds = h.key_kind | h.value_kind << 16;
     float reference[ROW_TILES], mass[ROW_TILES];
@@ -252,14 +246,16 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
     }
 
     uint32_t phases = 0;
-    int key_stage = 0, value_stage = 0, token = (stream.begin + warp) * TOKENS;
-    for (int n = 0; n < mine; n++, token += WARPS * TOKENS) {
+    int key_stage = 0, value_stage = 0;
+    for (int tile = stream.begin + warp; tile < end; tile += WARPS) {
+        const int token = tile * TOKENS;
         unsigned char *keys = m.ring + key_stage * stream.key_bytes;
         Scores s;
         barrier_wait(m.barriers + key_stage, phases >> key_stage & 1);
         score_kind(kinds & 0xffff, s, keys, (const uint2 *)m.fragments + lane, lane);
+        const Feed key_feed = m.feeds[0];
         __syncwarp();
-        if (lane == 0) m.feeds[0].next(keys, m.barriers + key_stage);
+        key_feed.fill(tile + key_feed.ahead, end, keys, m.barriers + key_stage);
         phases ^= 1u << key_stage;
         key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
         Weights p;
@@ -311,8 +307,9 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         unsigned char *values = m.ring + stream.key_stages * stream.key_bytes + value_stage * stream.value_bytes;
         barrier_wait(m.barriers + MOST_STAGES + value_stage, phases >> (MOST_STAGES + value_stage) & 1);
         mix_kind(kinds >> 16, o, values, p, lane);
+        const Feed value_feed = m.feeds[1];
         __syncwarp();
-        if (lane == 0) m.feeds[1].next(values, m.barriers + MOST_STAGES + value_stage);
+        value_feed.fill(tile + value_feed.ahead, end, values, m.barriers + MOST_STAGES + value_stage);
         phases ^= 1u << (MOST_STAGES + value_stage);
         value_stage = value_stage + 1 == stream.value_stages ? 0 : value_stage + 1;
     }
@@ -550,9 +547,9 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     Row *rows = (Row *)(fragments + 4 * FRAGMENTS);
     uint16_t *halves = (uint16_t *)(rows + ROWS);
     float *work = (float *)(halves + SPLITS * ROWS * HEAD_DIM);
+    Feed *feeds = (Feed *)(work + 2 * WARPS * ROWS);
     const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, fragments, rows, halves, work,
-                      (Feed *)(work + 2 * WARPS * ROWS) + 2 * warp,
-                      (Stream *)((Feed *)(work + 2 * WARPS * ROWS) + 2 * WARPS), a.ranges ? 0 : *a.seen};
+                      feeds, (Stream *)(feeds + 2), a.ranges ? 0 : *a.seen};
     if (threadIdx.x < sizeof(Item) / 16)
         ((int4 *)&item)[threadIdx.x] = ((const int4 *)(a.items + blockIdx.x))[threadIdx.x];
     if (lane < 2 * MOST_STAGES) barrier_init(m.barriers + lane);
