@@ -34,7 +34,7 @@ SOURCES = (NUMBERS_SOURCE, HALVES_SOURCE, *(Path(__file__).with_name(name) for n
 _ROWS = 4
 # the first compute capability that copies in bulk
 _HOPPER = (9, 0)
-# as much shared memory as a warp can put to use, its barriers; an item without chunks, a stream and what it is fed from
+# as much shared memory as a warp can put to use, its barriers; an item without chunks, a stream and its feeds
 _RING, _BARRIERS, _ITEM, _STREAM = 24 * 1024, 128, 96, 96
 # slots of a ring for each side
 _MOST_STAGES = 8

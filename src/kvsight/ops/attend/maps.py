@@ -13,6 +13,8 @@ from kvsight.tiling import CHUNK, Block, Tiling
 _BLOCKS = 4
 # blocks of a chunk
 _AT_MOST = 2
+# blocks of a size that are multiplied together
+_WHOLE = {4: 2, 2: 2, 1: 4}
 
 
 def key_maps(keys: FoldedTiles, factor: float, parts: int) -> Tensor:
@@ -63,22 +65,18 @@ def _operands(matrix: Tensor) -> Tensor:
 def _places(tiling: Tiling) -> dict[int, Block]:
     """Blocks by where products have them. Values: by number. Keys: twice the product, and its half.
 
-    Two blocks of a size share a product; left over ones of 1 bit have one each.
+    Two blocks share a product: of a size first, of 1 bit if there are four, then what is left over.
     """
     if tiling.rows == "coordinates":
         return dict(enumerate(tiling.blocks))
-    out: dict[int, Block] = {}
-    product = 0
+    paired: list[Block] = []
+    odd: list[Block] = []
     for size in (4, 2, 1):
         mine = [block for block in tiling.blocks if block.size == size]
-        whole = len(mine) // 4 * 4 if size == 1 else len(mine)
-        for i, block in enumerate(mine[:whole]):
-            out[2 * (product + i // 2) + i % 2] = block
-        product += -(-whole // 2)
-        for block in mine[whole:]:
-            out[2 * product] = block
-            product += 1
-    return out
+        whole = len(mine) // _WHOLE[size] * _WHOLE[size]
+        paired += mine[:whole]
+        odd += mine[whole:]
+    return dict(enumerate(paired + odd))
 
 
 @lru_cache(maxsize=1024)

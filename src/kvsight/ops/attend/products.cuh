@@ -22,6 +22,11 @@ constexpr uint32_t NIBBLE = 0x0f0f0f0fu, PAIR = 0x03030303u, BIT = 0x01010101u;
 
 __device__ __forceinline__ uint32_t word(const uint4 &x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
+// Half of a first operand: rows g and g + 8 of a block.
+struct Half {
+    uint32_t low, high;
+};
+
 // Scores of 64 tokens: rows g of a group of 16 once, rows g + 8 sixteen times. Where the second operand of a product
 // has zeros, its first one may hold anything.
 template <int N4, int N2, int N1>
@@ -32,17 +37,20 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
         for (int j = 0; j < GROUPS; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) s.sum[n][j][e] = 0;
+    // blocks that no other one of their size is left for: 4 bits, 2 bits, 1 bit
+    constexpr int ODD4 = N4 % 2, ODD2 = N2 % 2, ODD1 = N1 % 4, ODD = ODD4 + ODD2 + ODD1;
     const uint4 *wide = (const uint4 *)tile + lane;
+    const uint4 odd4 = wide[ODD4 ? (N4 - 1) * 32 : 0];
     uint2 b[ROW_TILES];
 #pragma unroll
-    for (int i = 0; i < N4; i += 2) {
+    for (int i = 1; i < N4; i += 2) {
         load(b, fragments);
-        const uint4 x = wide[i * 32], y = i + 1 < N4 ? wide[i * 32 + 32] : x;
+        const uint4 x = wide[i * 32 - 32], y = wide[i * 32];
         // rows g + 8 get both nibbles: what the low one adds is in rows g, too
 #pragma unroll
         for (int j = 0; j < GROUPS; j++) score(s, j, word(x, j) & NIBBLE, word(x, j), word(y, j) & NIBBLE, word(y, j), b);
     }
-    if (N4 > 0)
+    if (N4 > 1)
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
@@ -62,17 +70,6 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
         }
     }
     wide += N2 / 2 * 32;
-    const uint8_t *rest = tile + (N4 + N2 / 2 + N1 / 4) * 512;
-    if (N2 % 2) {
-        load(b, fragments);
-        const uint2 x = *((const uint2 *)rest + lane);
-#pragma unroll
-        for (int j = 0; j < GROUPS; j++) {
-            const uint32_t y = (j < 2 ? x.x : x.y) >> j % 2 * 2;
-            score(s, j, y & PAIR, y & PAIR << 4, y, y, b);
-        }
-        rest += 256;
-    }
 #pragma unroll
     for (int i = 0; i < N1 / 4; i++) {
         const uint4 x = wide[i * 32];
@@ -86,12 +83,28 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
             }
         }
     }
+    const uint8_t *rest = tile + (N4 + N2 / 2 + N1 / 4) * 512;
+    const uint2 odd2 = ODD2 ? *((const uint2 *)rest + lane) : make_uint2(0, 0);
+    uint32_t odd1[3];
 #pragma unroll
-    for (int i = 0; i < N1 % 4; i++) {
+    for (int i = 0; i < ODD1; i++) odd1[i] = *((const uint32_t *)(rest + ODD2 * 256 + i * 128) + lane);
+    auto half = [&](int i, int j) -> Half {
+        if (i < ODD4) return {word(odd4, j) & NIBBLE, word(odd4, j) & NIBBLE << 4};
+        if (i < ODD4 + ODD2) {
+            const uint32_t y = (j < 2 ? odd2.x : odd2.y) >> j % 2 * 2;
+            return {y & PAIR, y & PAIR << 4};
+        }
+        const uint32_t y = odd1[i - ODD4 - ODD2] >> j;
+        return {y & BIT, y & BIT << 4};
+    };
+#pragma unroll
+    for (int i = 0; i < ODD; i += 2) {
         load(b, fragments);
-        const uint32_t x = *((const uint32_t *)(rest + i * 128) + lane);
 #pragma unroll
-        for (int j = 0; j < GROUPS; j++) score(s, j, x >> j & BIT, x >> j & BIT << 4, x, x, b);
+        for (int j = 0; j < GROUPS; j++) {
+            const Half x = half(i, j), y = i + 1 < ODD ? half(i + 1, j) : x;
+            score(s, j, x.low, x.high, y.low, y.high, b);
+        }
     }
 }
 
