@@ -4,7 +4,7 @@ import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ SOURCES = (NUMBERS_SOURCE, HALVES_SOURCE, *(Path(__file__).with_name(name) for n
 _ROWS = 4
 # the first compute capability that copies in bulk
 _HOPPER = (9, 0)
-# as much shared memory as a warp can put to use, its barriers; an item without chunks, a stream and its feeds
+# shared memory: what a warp can put to use, its barriers; an item without chunks, its stream and feeds
 _RING, _BARRIERS, _ITEM, _STREAM = 24 * 1024, 128, 96, 96
 # slots of a ring for each side
 _MOST_STAGES = 8
@@ -186,7 +186,7 @@ class Exact:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One launch; ``tensors`` are kept alive until it is queued."""
+    """One launch; ``tensors`` are kept alive until it is queued. What ``values`` lack is zero."""
 
     shape: Shape
     grid: tuple[int, int, int]
@@ -244,19 +244,19 @@ class _Size(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What launches of one size share: ``items`` [blocks, words] as the kernel's ``Item``, and scratch.
+    """What launches of one size share: as many ``blocks``, and ``tensors`` by the kernel's names.
 
-    The rows of a KV head are in so many ``pieces``.
-
-    Launches that share scratch follow one another on one stream.
+    Launches that share scratch follow one another on one stream. Tiles are ``alive`` as long.
     """
 
     shape: Shape
-    pieces: int
-    maps: tuple[Tensor, Tensor]
-    items: Tensor
-    partial: Tensor
-    masses: Tensor
+    blocks: int
+    tensors: Mapping[str, Tensor]
+    alive: tuple[Tensor, ...]
+
+    @cached_property
+    def pointers(self) -> dict[str, int]:
+        return {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,21 +325,19 @@ class TileReader:
         if size not in self.setups:
             self.setups[size] = self._setup(size)
         setup = self.setups[size]
-        tensors = {
-            "query": q,
-            "key_maps": setup.maps[0],
-            "value_maps": setup.maps[1],
-            "items": setup.items,
-            "ranges": None if ranges is None else ranges.contiguous(),
-            "seen": seen,
-            **({} if exact is None else exact.tensors(q.dtype)),
-            "sink_logits": None if sink_logits is None else sink_logits.float().contiguous(),
-            "out": q.new_empty(batch, queries, query_heads, dim),
-            "partial": setup.partial,
-            "masses": setup.masses,
-            "done": _counters(batch * heads * setup.pieces, q.device),
-        }
-        numbers = {
+        out = q.new_empty(batch, queries, query_heads, dim)
+        own = {"query": q, "out": out}
+        if seen is not None:
+            own["seen"] = seen
+        if ranges is not None:
+            own["ranges"] = ranges.contiguous()
+        if exact is not None:
+            own |= exact.tensors(q.dtype)
+        if sink_logits is not None:
+            own["sink_logits"] = sink_logits.float().contiguous()
+        values = {
+            **setup.pointers,
+            **{name: tensor.data_ptr() for name, tensor in own.items()},
             "scaling": self.scaling,
             "softcap": 0.0 if softcap is None else softcap,
             "head_count": heads,
@@ -349,11 +347,7 @@ class TileReader:
             "last": last,
             "after": after,
         }
-        pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
-        alive = (*(t for t in tensors.values() if t is not None), *self.tiles)
-        out = tensors["out"]
-        assert out is not None
-        return Call(setup.shape, (len(setup.items), 1, 1), {**pointers, **numbers}, alive, out)
+        return Call(setup.shape, (setup.blocks, 1, 1), values, (*own.values(), *setup.alive), out)
 
     def _setup(self, size: "_Size") -> "_Setup":
         device = self.heads.device
@@ -377,14 +371,17 @@ class TileReader:
         ]
         items = torch.tensor(rows, dtype=torch.int32, device=device)
         heads = self.heads.view(torch.int32)[items[:, 1]]
-        return _Setup(
-            shape,
-            pieces,
-            self._maps(shape.parts),
-            torch.cat([items, heads], dim=-1),
-            torch.empty((len(parts), shape.rows, shape.head_dim), dtype=torch.float32, device=device),
-            torch.empty((len(parts), shape.rows, 2), dtype=torch.float32, device=device),
-        )
+        key_map, value_map = self._maps(shape.parts)
+        scratch = partial(torch.empty, dtype=torch.float32, device=device)
+        tensors = {
+            "key_maps": key_map,
+            "value_maps": value_map,
+            "items": torch.cat([items, heads], dim=-1),
+            "partial": scratch(len(parts), shape.rows, shape.head_dim),
+            "masses": scratch(len(parts), shape.rows, 2),
+            "done": _counters(size.batch * len(keys) * pieces, device),
+        }
+        return _Setup(shape, len(parts), tensors, (*tensors.values(), *self.tiles))
 
     def _maps(self, parts: int) -> tuple[Tensor, Tensor]:
         if parts not in self.maps:

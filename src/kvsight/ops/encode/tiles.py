@@ -166,11 +166,14 @@ class _Side(ctypes.Structure):
     )
 
 
+_Sides = _Side * 2
+
+
 class Arguments(ctypes.Structure):
     """The kernel's one argument."""
 
     _fields_ = (
-        ("sides", _Side * 2),
+        ("sides", _Sides),
         ("seen", ctypes.c_void_p),
         *(
             (name, ctypes.c_int)
@@ -249,15 +252,23 @@ class TileWriter:
         parts = parts_of(dtype)
         return cls((keys, values), heads, (keys.operands(parts), values.operands(parts)), image, dtype)
 
+    @cached_property
+    def pointers(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where a side's heads and operands are."""
+        both = zip(self.heads, self.operands, strict=True)
+        key, value = ((heads.data_ptr(), operands.data_ptr()) for heads, operands in both)
+        return key, value
+
     def arguments(self, k: Tensor, v: Tensor, seen: Tensor, first: int, blocks: int) -> Arguments:
         """For new tokens [B, H, n, d], ``aligned``; ``seen`` int32 [1] counts them already."""
-        sides = [
-            _Side(x.data_ptr(), heads.data_ptr(), operands.data_ptr(), *x.stride()[:3])
-            for x, heads, operands in zip((k, v), self.heads, self.operands, strict=True)
-        ]
-        batch, heads, new = k.shape[:3]
+        batch, heads, new, _ = k.shape
+        key, value = self.pointers
+        sides = (
+            _Side(k.data_ptr(), *key, *k.stride()[:3]),
+            _Side(v.data_ptr(), *value, *v.stride()[:3]),
+        )
         counts = (new, first, heads, batch, most_tiles(new), blocks, self.image)
-        return Arguments((_Side * 2)(*sides), seen.data_ptr(), *counts)
+        return Arguments(_Sides(*sides), seen.data_ptr(), *counts)
 
     def write(self, k: Tensor, v: Tensor, seen: Tensor, first: int, shape: Shape | None = None) -> None:
         """Queue it on the current stream, for any number of new tokens [B, H, n, d], contiguous in d.
@@ -326,6 +337,9 @@ def many_tokens(dim: int, dtype: torch.dtype, image: int) -> Shape:
 
 def aligned(x: Tensor) -> Tensor:
     """Tokens as the kernel reads them, 16 bytes at a time: a copy where they do not lie so."""
+    # heads have whole chunks of 16 numbers
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
     steps = [n for n, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
     addresses = [x.data_ptr(), *(n * x.element_size() for n in steps)]
     if x.stride(3) == 1 and not any(address % 16 for address in addresses):
