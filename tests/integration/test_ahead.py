@@ -50,14 +50,14 @@ def asked(monkeypatch):
         module._kernel.cache_clear()
 
 
-def step(cache, batch, new, dtype, softcap=None):
+def step(cache, batch, new, dtype, softcap=None, query_heads=QUERY_HEADS):
     """All layers get new tokens, and are attended to."""
     for i in range(len(cache.layers)):
         k, v = (torch.randn(batch, HEADS, new, DIM).to(dtype) for _ in range(2))
         handle, _ = cache.update(k, v, i)
         held = handle.held
         if held.tiles is not None:
-            q = torch.randn(batch, QUERY_HEADS, new, DIM).to(dtype)
+            q = torch.randn(batch, query_heads, new, DIM).to(dtype)
             held.tiles.attend(q, scaling=0.25, softcap=softcap, fresh=held.fresh)
 
 
@@ -96,6 +96,24 @@ def test_what_is_asked_for_is_what_is_launched(asked, plan, sizes, batch, prefil
     assert [source.name for source in sources].count("attend_tiles") == len(cache.layers)
     # as they are wanted
     assert sources[0] == launched[0]
+
+
+# one launch, several with a rest, tiles that begin with a few tokens
+@pytest.mark.parametrize("sizes", [(80, 3), (80, 13), (66, 5)])
+def test_steps_of_a_few_tokens_are_asked_for_when_the_first_comes(asked, plan, sizes):
+    ahead, launched = asked
+    fitted = plan("llama", "sight", bits=4.0, options=LAYOUT, sinks=3)
+    config = kvsight.integrations.hf.config_of(fitted)
+    config.num_attention_heads = 4
+    cache = kvsight.PackedCache(fitted, config, monitor=False)
+    for new in sizes:
+        step(cache, 2, new, torch.bfloat16, query_heads=4)
+    known, few = set(ahead[0]), set(ahead[1])
+    # two rows a token: of four and of eight rows
+    assert {source for source in few - known if source.name == "attend_tiles"}
+    assert set(launched) <= known | few and few <= known | set(launched)
+    step(cache, 2, sizes[-1], torch.bfloat16, query_heads=4)
+    assert len(ahead) == 2
 
 
 def test_nothing_is_asked_for_where_there_is_no_gpu(monkeypatch, plan):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvsight.errors import KVSightError
 from kvsight.formats import Row
-from kvsight.ops.attend.cuda import attend_source, shape_of
+from kvsight.ops.attend.cuda import MOST_ROWS, attend_source, shape_of
 from kvsight.ops.attend.prefill import columns_of, fused, number_of
 from kvsight.ops.attend.tiles import tiled_widths
 from kvsight.ops.attend.unpack import unpack_source
@@ -24,31 +24,48 @@ _ROWS: dict[Side, Rows] = {"k": "tokens", "v": "coordinates"}
 class Ahead:
     """What all layers of a plan launch in this step and in the next, which has one new token.
 
-    A launch that is not foreseen, such as one of several new tokens, compiles its kernel itself.
+    A launch that is not foreseen compiles its kernel itself.
     """
 
     def __init__(self, plan: Plan, query_heads: object, softcap: float | None) -> None:
         """For a model with so many query heads in every layer; not a number where that is not known."""
         self.plan, self.query_heads, self.softcap = plan, query_heads, softcap
-        self._asked: set[tuple[torch.device, torch.dtype, int]] = set()
+        self._asked: set[tuple[torch.device, torch.dtype, int, int]] = set()
 
     def start(self, k: Tensor, *, reads_codes: bool) -> None:
         """Where layers are about to code tokens k [B, H, n, d]; ``reads_codes`` as in ``sources``."""
-        if not k.is_cuda:
-            return
-        asked = k.device, k.dtype, k.shape[0]
-        if asked not in self._asked:
-            self._asked.add(asked)
+        if self._new(k, 1):
             build_ahead(self.sources(k, reads_codes=reads_codes), k.device)
+
+    def step(self, k: Tensor) -> None:
+        """Where layers are about to code a few tokens k [B, H, n, d], and to attend to all for them."""
+        if self._new(k, k.shape[2]):
+            found = [_encode(k, k.shape[2], *sides) for sides in self._layers]
+            found += [
+                source for sides in self._layers for source in self._attend(k.dtype, k.shape[2], *sides)
+            ]
+            build_ahead(dict.fromkeys(found), k.device)
+
+    def _new(self, k: Tensor, tokens: int) -> bool:
+        """Whether steps of so many new tokens were not asked for before."""
+        asked = k.device, k.dtype, k.shape[0], tokens
+        if not k.is_cuda or asked in self._asked:
+            return False
+        self._asked.add(asked)
+        return True
+
+    @property
+    def _layers(self) -> list[tuple[tuple[Tiling, ...], tuple[Tiling, ...]]]:
+        return [sides for layer in self.plan.layers if (sides := _tilings(self.plan, layer))]
 
     def sources(self, k: Tensor, *, reads_codes: bool) -> list[Source]:
         """In the order in which they are wanted; ``reads_codes`` where torch's attention does it now."""
-        layers = [sides for layer in self.plan.layers if (sides := _tilings(self.plan, layer))]
+        layers = self._layers
         found = [_encode(k, k.shape[2], *sides) for sides in layers if k.shape[2]]
         if reads_codes:
             found += [self._unpack(k, *sides) for sides in layers]
         found += [_encode(k, 1, *sides) for sides in layers]
-        found += [source for sides in layers for source in self._attend(k.dtype, *sides)]
+        found += [source for sides in layers for source in self._attend(k.dtype, 1, *sides)]
         return list(dict.fromkeys(found))
 
     def _unpack(self, k: Tensor, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]) -> Source:
@@ -57,13 +74,18 @@ class Ahead:
         return unpack_source(columns, number_of(k.dtype, plain=plain))
 
     def _attend(
-        self, dtype: torch.dtype, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]
+        self, dtype: torch.dtype, new: int, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]
     ) -> Iterator[Source]:
         # a config may have a number for each layer
-        rows = self.query_heads // len(keys) if isinstance(self.query_heads, int) else 0
-        if rows:
+        group = self.query_heads // len(keys) if isinstance(self.query_heads, int) else 0
+        if not group:
+            return
+        # so many queries a launch, and what is left of them
+        most = max(1, MOST_ROWS // group)
+        for queries in {min(new, most), new % most or most}:
             # the launch says what does not fit
             with suppress(KVSightError):
+                rows = group * queries
                 yield attend_source(shape_of(keys, values, rows, dtype, softcap=bool(self.softcap)))
 
 
