@@ -5,12 +5,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from zoo import tokens
 
 import kvsight
 from kvsight.cache.packed import left_padding
+from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
 from kvsight.eval.selftest import checked_bytes
+from kvsight.plan import LayerPlan, Plan
+from kvsight.quantizers.lloyd_max import row_quantizer, uniform
+from kvsight.transforms import haar
 
 LAYOUT = (("layout", "tiles"),)
 
@@ -190,3 +195,31 @@ def test_other_plans_stay_in_rows(model, plan):
             step(subject, cache, tokens(1, 70))
             step(subject, cache, tokens(1, 1))
         assert all(layer.tiles is None for layer in cache.layers)
+
+
+def test_heads_without_bits():
+    """A budget may leave a head nothing: it decodes to its mean, in tiles as in rows."""
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+    )
+
+    def side(widths, seed):
+        found = [
+            Codec("sight", haar(32, seed + h).stored(), row_quantizer(own, uniform))
+            for h, own in enumerate(widths)
+        ]
+        return tuple(Placement((h,), codec) for h, codec in enumerate(found))
+
+    widths = (0,) * 32, (4,) * 16 + (3,) * 16
+    layer = LayerPlan(0, None, 2, side(widths, 0), side(widths[::-1], 5))
+    made = {"layout": "tiles"}, 0, 0, torch.float32, 1024, ""
+    fitted = Plan((layer,), "sight", *made, config.to_dict())
+    held = []
+    for tiles in (True, False):
+        torch.manual_seed(0)
+        cache = kvsight.PackedCache(fitted, config, tiles=tiles, monitor=False)
+        for new in (80, 1, 3):
+            handles = cache.update(*torch.randn(2, 2, 2, new, 32), 0)
+        held.append([handle.segments[0].decode(torch.float32) for handle in handles])
+        assert (cache.layers[0].tiles is not None) == tiles
+    assert all(torch.equal(a, b) for a, b in zip(*held, strict=True))

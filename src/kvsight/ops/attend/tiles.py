@@ -110,7 +110,9 @@ def tiling_of(coded: Coded, rows: Rows) -> Tiling:
 def steps(coded: Coded) -> tuple[Tensor, Tensor] | None:
     """Lowest level and step of every stored coordinate [H or 1, stored], fp64; None for uneven levels."""
     levels, starts = (t.double() for t in coded.tables)
-    widths = torch.tensor([w for w in coded.packed.format.widths if w], device=levels.device)  # type: ignore[attr-defined]
+    stored = [w for w in coded.packed.format.widths if w]  # type: ignore[attr-defined]
+    # a head without bits has none
+    widths = torch.tensor(stored, dtype=torch.long, device=levels.device)
     first = levels[starts.long()]
     span = 2**widths - 1
     step = (levels[starts.long() + span] - first) / span
