@@ -272,10 +272,11 @@ inline void barrier_init(uint64_t *at) {
 }
 inline void barrier_init_done() {}
 inline uint64_t cache_policy(bool) { return 0; }
-// One lane of a warp copies.
+// All lanes of a warp meet, and one copies; what the slot had is gone at once.
 inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *at, uint64_t) {
+    emulator::meet_warp([] {});
     if (emulator::lane()) return;
-    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes < 0) {
+    if (bytes < 0 || (bytes && ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16))) {
         fprintf(stderr, "a bulk copy of %d bytes is not aligned\n", bytes);
         abort();
     }
@@ -285,6 +286,7 @@ inline void copy_bulk(void *to, const void *from, int bytes, uint64_t *at, uint6
         abort();
     }
     b.armed = true, b.expected = bytes;
+    memset(to, 0xff, bytes);
     b.copies.push_back({to, from, bytes});
 }
 // The first lane that waits makes the copies.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,11 +40,10 @@ class Ahead:
 
     def step(self, k: Tensor) -> None:
         """Where layers are about to code a few tokens k [B, H, n, d], and to attend to all for them."""
-        if self._new(k, k.shape[2]):
-            found = [_encode(k, k.shape[2], *sides) for sides in self._layers]
-            found += [
-                source for sides in self._layers for source in self._attend(k.dtype, k.shape[2], *sides)
-            ]
+        new = k.shape[2]
+        if self._new(k, new):
+            found = [_encode(k, new, *sides) for sides in self._layers]
+            found += [source for sides in self._layers for source in self._attend(k.dtype, new, *sides)]
             build_ahead(dict.fromkeys(found), k.device)
 
     def _new(self, k: Tensor, tokens: int) -> bool:
@@ -54,7 +54,7 @@ class Ahead:
         self._asked.add(asked)
         return True
 
-    @property
+    @cached_property
     def _layers(self) -> list[tuple[tuple[Tiling, ...], tuple[Tiling, ...]]]:
         return [sides for layer in self.plan.layers if (sides := _tilings(self.plan, layer))]
 
@@ -80,13 +80,11 @@ class Ahead:
         group = self.query_heads // len(keys) if isinstance(self.query_heads, int) else 0
         if not group:
             return
-        # so many queries a launch, and what is left of them
-        most = max(1, MOST_ROWS // group)
-        for queries in {min(new, most), new % most or most}:
-            # the launch says what does not fit
-            with suppress(KVSightError):
-                rows = group * queries
-                yield attend_source(shape_of(keys, values, rows, dtype, softcap=bool(self.softcap)))
+        # a launch that takes the queries that are left has this kernel, or that of one token
+        rows = group * min(new, max(1, MOST_ROWS // group))
+        # the launch says what does not fit
+        with suppress(KVSightError):
+            yield attend_source(shape_of(keys, values, rows, dtype, softcap=bool(self.softcap)))
 
 
 def _encode(k: Tensor, new: int, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]) -> Source:

@@ -17,6 +17,7 @@ _REASON = (
 
 def _unwatched() -> bool:
     """Whether the compiler looks at nothing that is called now: to keep it off takes 10 µs a call."""
+    # a function of torch's own: without it the compiler is always kept off
     callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
     return callback is not None and callback() is None
 

@@ -164,7 +164,7 @@ class PackedLayer(CacheLayerMixin):
         if entered:
             reads_codes = new > MOST_NEW if fresh is None else fresh.tokens > 0
             self.ahead.start(key_states[:, :, first:], reads_codes=reads_codes)
-        if fresh is None and 1 < new <= MOST_NEW:
+        if fresh is None and new <= MOST_NEW:
             self.ahead.step(key_states)
         tiles.append(key_states[:, :, first:], value_states[:, :, first:])
         if self.monitor is not None and new > MOST_NEW:

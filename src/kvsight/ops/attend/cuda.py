@@ -244,9 +244,10 @@ class _Size(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What launches of one size share: as many ``blocks``, and ``tensors`` by the kernel's names.
+    """What launches of one size share: the number of ``blocks``, ``tensors`` by the kernel's names.
 
-    Launches that share scratch follow one another on one stream. Tiles are ``alive`` as long.
+    Launches that share scratch follow one another on one stream. These tensors and the tiles are what a
+    launch wants ``alive`` besides its own.
     """
 
     shape: Shape

@@ -60,7 +60,7 @@ __device__ __forceinline__ uint64_t cache_policy(bool passing) {
         asm volatile("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-// One lane of the warp begins to copy, and says how much.
+// All lanes call it together; one says how many bytes come, and begins to copy them if there are any.
 __device__ __forceinline__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *barrier, uint64_t policy) {
     asm volatile(
         "{\n.reg .pred one, some;\nelect.sync _|one, -1;\nsetp.ne.and.s32 some, %2, 0, one;\n"

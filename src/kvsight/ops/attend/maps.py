@@ -13,7 +13,7 @@ from kvsight.tiling import CHUNK, Block, Tiling
 _BLOCKS = 4
 # blocks of a chunk
 _AT_MOST = 2
-# blocks of a size that are multiplied together
+# blocks of a size that are taken together, as they share a product or words
 _WHOLE = {4: 2, 2: 2, 1: 4}
 
 

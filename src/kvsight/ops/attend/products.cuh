@@ -37,7 +37,7 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
         for (int j = 0; j < GROUPS; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) s.sum[n][j][e] = 0;
-    // blocks that no other one of their size is left for: 4 bits, 2 bits, 1 bit
+    // blocks left over of 4 bits, 2 bits and 1 bit, which are not in words with others
     constexpr int ODD4 = N4 % 2, ODD2 = N2 % 2, ODD1 = N1 % 4, ODD = ODD4 + ODD2 + ODD1;
     const uint4 *wide = (const uint4 *)tile + lane;
     const uint4 odd4 = wide[ODD4 ? (N4 - 1) * 32 : 0];

@@ -548,6 +548,7 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     uint16_t *halves = (uint16_t *)(rows + ROWS);
     float *work = (float *)(halves + SPLITS * ROWS * HEAD_DIM);
     Feed *feeds = (Feed *)(work + 2 * WARPS * ROWS);
+    static_assert(2 * sizeof(Feed) + sizeof(Stream) <= 96, "as cuda.py counts");
     const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, fragments, rows, halves, work,
                       feeds, (Stream *)(feeds + 2), a.ranges ? 0 : *a.seen};
     if (threadIdx.x < sizeof(Item) / 16)

@@ -20,7 +20,7 @@ def attend_tiles_ref(  # noqa: PLR0913
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """As ``cuda.attend_arguments`` and ``cuda.attend_tiles``; [B, Q, Hq, d] in q's dtype."""
+    """As ``cuda.TileReader.call`` and ``cuda.attend_tiles``; [B, Q, Hq, d] in q's dtype."""
     batch, query_heads, queries, dim = q.shape
     heads = len(keys.tiles)
     compute = torch.promote_types(q.dtype, torch.float32)
