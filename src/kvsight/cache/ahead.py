@@ -42,9 +42,7 @@ class Ahead:
         """Where layers are about to code a few tokens k [B, H, n, d], and to attend to all for them."""
         new = k.shape[2]
         if self._new(k, new):
-            found = [_encode(k, new, *sides) for sides in self._layers]
-            found += [source for sides in self._layers for source in self._attend(k.dtype, new, *sides)]
-            build_ahead(dict.fromkeys(found), k.device)
+            build_ahead(dict.fromkeys(self._step(k, new)), k.device)
 
     def _new(self, k: Tensor, tokens: int) -> bool:
         """Whether steps of so many new tokens were not asked for before."""
@@ -60,13 +58,14 @@ class Ahead:
 
     def sources(self, k: Tensor, *, reads_codes: bool) -> list[Source]:
         """In the order in which they are wanted; ``reads_codes`` where torch's attention does it now."""
-        layers = self._layers
-        found = [_encode(k, k.shape[2], *sides) for sides in layers if k.shape[2]]
+        found = [_encode(k, k.shape[2], *sides) for sides in self._layers if k.shape[2]]
         if reads_codes:
-            found += [self._unpack(k, *sides) for sides in layers]
-        found += [_encode(k, 1, *sides) for sides in layers]
-        found += [source for sides in layers for source in self._attend(k.dtype, 1, *sides)]
-        return list(dict.fromkeys(found))
+            found += [self._unpack(k, *sides) for sides in self._layers]
+        return list(dict.fromkeys(found + self._step(k, 1)))
+
+    def _step(self, k: Tensor, new: int) -> list[Source]:
+        found = [_encode(k, new, *sides) for sides in self._layers]
+        return found + [source for sides in self._layers for source in self._attend(k.dtype, new, *sides)]
 
     def _unpack(self, k: Tensor, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]) -> Source:
         columns = columns_of(*keys, *values)

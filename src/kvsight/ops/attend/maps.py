@@ -13,8 +13,6 @@ from kvsight.tiling import CHUNK, Block, Tiling
 _BLOCKS = 4
 # blocks of a chunk
 _AT_MOST = 2
-# blocks of a size that are taken together, as they share a product or words
-_WHOLE = {4: 2, 2: 2, 1: 4}
 
 
 def key_maps(keys: FoldedTiles, factor: float, parts: int) -> Tensor:
@@ -65,18 +63,15 @@ def _operands(matrix: Tensor) -> Tensor:
 def _places(tiling: Tiling) -> dict[int, Block]:
     """Blocks by where products have them. Values: by number. Keys: twice the product, and its half.
 
-    Two blocks share a product: of a size first, of 1 bit if there are four, then what is left over.
+    Two blocks share a product: of a size first, then what is left over.
     """
     if tiling.rows == "coordinates":
         return dict(enumerate(tiling.blocks))
-    paired: list[Block] = []
-    odd: list[Block] = []
-    for size in (4, 2, 1):
-        mine = [block for block in tiling.blocks if block.size == size]
-        whole = len(mine) // _WHOLE[size] * _WHOLE[size]
-        paired += mine[:whole]
-        odd += mine[whole:]
-    return dict(enumerate(paired + odd))
+    fours = tiling.counts[0]
+    alone = tiling.blocks[fours - 1 : fours] if fours % 2 else ()
+    # sorting keeps the order of equals
+    blocks = sorted(tiling.blocks, key=lambda block: block.slot is None or block in alone)
+    return dict(enumerate(blocks))
 
 
 @lru_cache(maxsize=1024)

@@ -66,11 +66,10 @@ struct Memory {
     __device__ __forceinline__ float2 *tops() const { return (float2 *)(merged() + (SHARES + 1) * ROWS * HEAD_DIM); }
 };
 
-__device__ __forceinline__ void fill_slots(unsigned char *slots, const Feed &feed, int tile, const Stream &stream,
+__device__ __forceinline__ void fill_slots(unsigned char *slots, const Feed &feed, int tile, int end,
                                            int stages, uint64_t *barriers) {
 #pragma unroll 1
-    for (int n = 0; n < stages; n++, tile += WARPS)
-        feed.fill(tile, stream.end, slots + n * feed.bytes, barriers + n);
+    for (int n = 0; n < stages; n++, tile += WARPS) feed.fill(tile, end, slots + n * feed.bytes, barriers + n);
 }
 
 // What a warp has of one query row: four numbers a lane of every 128, and what codes of zero decode to.
@@ -202,9 +201,10 @@ __device__ __noinline__ void begin(const Arguments &a, const Item &item, const M
         query.store(m, row);
     }
     // the query is here, and the map on its way: they would have waited behind tiles
-    fill_slots(m.ring, feeds[0], stream.begin + warp, stream, stream.key_stages, m.barriers);
-    fill_slots(m.ring + stream.key_stages * stream.key_bytes, feeds[1], stream.begin + warp, stream,
-               stream.value_stages, m.barriers + MOST_STAGES);
+    const int first = stream.begin + warp;
+    fill_slots(m.ring, feeds[0], first, stream.end, stream.key_stages, m.barriers);
+    fill_slots(m.ring + stream.key_stages * stream.key_bytes, feeds[1], first, stream.end, stream.value_stages,
+               m.barriers + MOST_STAGES);
     __syncthreads();
     fold_queries(a, item, m, map, operand);
 }
