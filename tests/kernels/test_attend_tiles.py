@@ -1,5 +1,6 @@
 """The tile kernel, run on the CPU by an emulator of its intrinsics, against attention in plain torch."""
 
+import math
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -212,6 +213,12 @@ def test_head_dims(emulated, dim):
     assert_near(out, wanted)
 
 
+def test_one_head_of_one_chunk(emulated):
+    keys, values = both_sides(16, 1, 70)
+    out, wanted = tile_attention(emulated, drawn(1, 2, 1, 16), keys, values, 70, scaling=0.25)
+    assert_near(out, wanted)
+
+
 @pytest.mark.parametrize("tokens", [1, 15, 63, 64, 65, 129, 400])
 @pytest.mark.parametrize("workers", [1, 7, 40])
 def test_any_number_of_tokens_and_splits(emulated, tokens, workers):
@@ -288,6 +295,24 @@ def test_growing_scores_move_the_reference(emulated):
         assert_near(out, wanted, 3e-3)
 
 
+# first tokens score so far above the others, in log2 units, that these weigh 255, all in low bytes, or
+# nearly 2^16
+@pytest.mark.parametrize(("apart", "first"), [(math.log2(2**13 / 255), 1), (-2.97, TOKENS)])
+def test_sums_of_one_warp_over_many_tokens_do_not_overflow(emulated, apart, first):
+    tokens = 36_000
+    keys, values = (list(side([(8,)], tokens, 1, 16, seed)) for seed in (1, 2))
+    for (part,), low in ((keys, 0), (values, 255)):
+        codes = torch.full((tokens, 16), 255, dtype=torch.uint8)
+        codes[:first] = low
+        part.packed.tensors[0].copy_(pack_row(codes, part.packed.format.widths))
+    decoded = Segment(tokens, coded=keys).decode(torch.float64)[0, 0]
+    way = decoded[0] - decoded[-1]
+    q = (apart * math.log(2) * way / way.square().sum()).float().expand(1, 4, 1, 16).contiguous()
+    shape = {"warps": 1, "ring": 32 * 1024}
+    out, wanted = tile_attention(emulated, q, keys, values, tokens, shape=shape, scaling=1.0, workers=1)
+    assert_near(out, wanted)
+
+
 def test_runs_are_equal_and_leave_the_counters_at_zero(emulated):
     keys, values = both_sides(64, 2, 300, batch=2)
     # twelve rows a KV head are two pieces
@@ -322,10 +347,10 @@ def test_shapes_fit_a_multiprocessor(dim, blocks, row_tiles):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("blocks", [1, 5, 64, 264])
-@pytest.mark.parametrize(("batch", "tiles"), [(1, 1), (1, 2048), (3, 9), (32, 64)])
+@pytest.mark.parametrize(("batch", "tiles"), [(1, 1), (1, 2048), (3, 9), (32, 64), (40, 5000)])
 def test_schedules_cover_every_tile_once_largest_parts_first(batch, tiles, blocks, exact):
     costs = (900, 5000, 1, 3000)
-    items = schedule(costs, batch, tiles, blocks, entry=50, exact=exact)
+    items = schedule(costs, batch, tiles, blocks, entry=50, most=1000, exact=exact)
     seen = {}
     for item in items:
         seen.setdefault((item.sequence, item.head), []).append(item)
@@ -340,6 +365,7 @@ def test_schedules_cover_every_tile_once_largest_parts_first(batch, tiles, block
     spent = [costs[i.head] * (i.stop - i.start) / ONE if i.split < i.coded else 0 for i in items]
     heads, coded = batch * len(costs), sum(i.split < i.coded for i in items)
     assert coded >= min(heads, blocks)
+    assert max(i.stop - i.start for i in items) * tiles <= 1.06 * 1000 * ONE
     # what begins at once may do so in any order
     behind = 0 if coded <= blocks else blocks
     assert min(spent[:behind], default=spent[0]) >= spent[behind] - 1
@@ -347,7 +373,7 @@ def test_schedules_cover_every_tile_once_largest_parts_first(batch, tiles, block
 
 
 def test_wider_heads_get_more_parts():
-    items = schedule((100, 300), 2, 3000, 16, entry=1000, exact=False)
+    items = schedule((100, 300), 2, 3000, 16, entry=1000, most=3000, exact=False)
     assert [sum(i.head == h for i in items) for h in range(2)] == [4, 12]
 
 

@@ -28,7 +28,7 @@ from kvsight.ops.nvrtc import (
 )
 from kvsight.tiling import CHUNK, TOKENS, Tiling
 
-_NAMES = ("intrinsics.cuh", "tiles.cuh", "maps.cuh", "products.cuh", "tiles.cu")
+_NAMES = ("intrinsics.cuh", "tiles.cuh", "maps.cuh", "products.cuh", "stream.cuh", "tiles.cu")
 SOURCES = (NUMBERS_SOURCE, HALVES_SOURCE, *(Path(__file__).with_name(name) for name in _NAMES))
 # query rows of a tensor core's product
 _ROWS = 4
@@ -40,9 +40,14 @@ _RING, _BARRIERS, _ITEM, _STREAM = 24 * 1024, 128, 96, 96
 _MOST_STAGES = 8
 # with more sums two blocks of threads no longer find registers
 _LIGHT = 16
-# bytes that could be read while a block, a tile apart from its blocks, or a part apart from its tiles is
-# worked on
-_BLOCK_COST, _TILE_COST, _ENTRY_COST = 96, 4096, 300_000
+# bytes that could be read while a block and a tile apart from its blocks are worked on: with four query
+# rows, and with eight. Heads that are read twice are cut better by the former (bench/attend.py)
+_COSTS, _MORE_COSTS = (96, 4096), (200, 8192)
+# and while a part apart from its tiles is
+_ENTRY_COST = 300_000
+# tiles of a warp: 33,025 products of bytes fit 32 bits, and contexts may be half as long again as a
+# schedule was made for
+_MOST_TILES = 33_025 // TOKENS // 2
 # with more rows an item has no registers left, and with more of them a prefill is faster
 _MOST_ROW_TILES, MOST_ROWS = 2, 16
 
@@ -271,15 +276,6 @@ class TileReader:
     setups: dict[_Size, _Setup] = field(default_factory=dict)
     maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    @cached_property
-    def costs(self) -> tuple[int, ...]:
-        """What a K and a V tile of each head cost: bytes to read, and blocks to multiply in their units."""
-        keys, values = (side.tilings for side in self.sides)
-        return tuple(
-            k.nbytes + v.nbytes + _BLOCK_COST * (len(k.blocks) + len(v.blocks)) + _TILE_COST
-            for k, v in zip(keys, values, strict=True)
-        )
-
     @classmethod
     def of(cls, keys: TiledTokens, values: TiledTokens, scaling: float) -> "TileReader":
         """For the tiles of both sides, and scores that are scaled by ``scaling``."""
@@ -350,6 +346,14 @@ class TileReader:
         }
         return Call(setup.shape, (setup.blocks, 1, 1), values, (*own.values(), *setup.alive), out)
 
+    def _tile_costs(self, block: int, tile: int) -> list[int]:
+        """What a K and a V tile of each head cost: bytes to read, and blocks to multiply in their units."""
+        keys, values = (side.tilings for side in self.sides)
+        return [
+            k.nbytes + v.nbytes + block * (len(k.blocks) + len(v.blocks)) + tile
+            for k, v in zip(keys, values, strict=True)
+        ]
+
     def _setup(self, size: "_Size") -> "_Setup":
         device = self.heads.device
         keys, values = (side.tilings for side in self.sides)
@@ -358,8 +362,15 @@ class TileReader:
         blocks = size.workers or shape.blocks * multiprocessors(device)
         # heads of more rows than an item has are read more than once, at about the same time
         pieces = -(-size.rows // shape.rows)
+        costs = self._tile_costs(*(_MORE_COSTS if shape.row_tiles > 1 and pieces == 1 else _COSTS))
         parts = schedule(
-            self.costs, size.batch * pieces, size.tiles, blocks, entry=_ENTRY_COST, exact=size.exact
+            costs,
+            size.batch * pieces,
+            size.tiles,
+            blocks,
+            entry=_ENTRY_COST,
+            most=_MOST_TILES * shape.warps,
+            exact=size.exact,
         )
         stages = [shape.stages(k.nbytes, v.nbytes) for k, v in zip(keys, values, strict=True)]
         rows = [

@@ -30,7 +30,8 @@ def chunk_tables(side: FoldedTiles) -> Tensor:
     chunks = side.matrix.shape[-1] // CHUNK
     tables = torch.tensor([_table(tiling, chunks) for tiling in side.tilings])
     blocks, numbers = tables.split([2, 3], dim=-1)
-    pairs = blocks.to(torch.int16).view(torch.int32)
+    # a view as another type looks at strides, also of a single head or chunk
+    pairs = blocks.to(torch.int16).flatten().view(torch.int32).view(len(tables), chunks, 1)
     return torch.cat([pairs, numbers.float().view(torch.int32)], dim=-1).flatten(1)
 
 

@@ -1,5 +1,6 @@
 // Products of tiles: codes are the first operand as they lie (src/kvsight/tiling.py), after a mask and nothing else.
-// Each kind of head has straight-line products of its own.
+// Each kind of head has straight-line products of its own. A byte has row g in its low nibble and row g + 8 in its high
+// one; the latter is multiplied with both, and what the low one adds, which is in row g, is taken off at the end.
 
 struct Scores {
     int sum[ROW_TILES][GROUPS][4];
@@ -24,11 +25,12 @@ __device__ __forceinline__ uint32_t word(const uint4 &x, int i) { return i == 0 
 
 // Half of a first operand: rows g and g + 8 of a block.
 struct Half {
-    uint32_t low, high;
+    uint32_t low, both;
 };
+__device__ __forceinline__ Half half(uint32_t word, uint32_t mask) { return {word & mask, word & (mask | mask << 4)}; }
 
-// Scores of 64 tokens: rows g of a group of 16 once, rows g + 8 sixteen times. Where the second operand of a product
-// has zeros, its first one may hold anything.
+// Scores of 64 tokens: rows g of a group of 16 once, rows g + 8 sixteen times and rows g. Where the second operand of a
+// product has zeros, its first one may hold anything.
 template <int N4, int N2, int N1>
 __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const uint2 *fragments, int lane) {
 #pragma unroll
@@ -42,32 +44,21 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
     const uint4 *wide = (const uint4 *)tile + lane;
     const uint4 odd4 = wide[ODD4 ? (N4 - 1) * 32 : 0];
     uint2 b[ROW_TILES];
+    auto products = [&](int j, Half x, Half y) { score(s, j, x.low, x.both, y.low, y.both, b); };
 #pragma unroll
     for (int i = 1; i < N4; i += 2) {
         load(b, fragments);
         const uint4 x = wide[i * 32 - 32], y = wide[i * 32];
-        // rows g + 8 get both nibbles: what the low one adds is in rows g, too
 #pragma unroll
-        for (int j = 0; j < GROUPS; j++) score(s, j, word(x, j) & NIBBLE, word(x, j), word(y, j) & NIBBLE, word(y, j), b);
+        for (int j = 0; j < GROUPS; j++) products(j, half(word(x, j), NIBBLE), half(word(y, j), NIBBLE));
     }
-    if (N4 > 1)
-#pragma unroll
-        for (int n = 0; n < ROW_TILES; n++)
-#pragma unroll
-            for (int j = 0; j < GROUPS; j++) {
-                s.sum[n][j][2] -= s.sum[n][j][0];
-                s.sum[n][j][3] -= s.sum[n][j][1];
-            }
     wide += N4 * 32;
 #pragma unroll
     for (int i = 1; i < N2; i += 2) {
         load(b, fragments);
         const uint4 x = wide[i / 2 * 32];
 #pragma unroll
-        for (int j = 0; j < GROUPS; j++) {
-            const uint32_t y = word(x, j);
-            score(s, j, y & PAIR, y & PAIR << 4, y & PAIR << 2, y & PAIR << 6, b);
-        }
+        for (int j = 0; j < GROUPS; j++) products(j, half(word(x, j), PAIR), half(word(x, j), PAIR << 2));
     }
     wide += N2 / 2 * 32;
 #pragma unroll
@@ -77,10 +68,7 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
         for (int k = 0; k < 4; k += 2) {
             load(b, fragments);
 #pragma unroll
-            for (int j = 0; j < GROUPS; j++) {
-                const uint32_t y = word(x, j);
-                score(s, j, y & BIT << k, y & BIT << (k + 4), y & BIT << (k + 1), y & BIT << (k + 5), b);
-            }
+            for (int j = 0; j < GROUPS; j++) products(j, half(word(x, j), BIT << k), half(word(x, j), BIT << (k + 1)));
         }
     }
     const uint8_t *rest = tile + (N4 + N2 / 2 + N1 / 4) * 512;
@@ -88,41 +76,35 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
     uint32_t odd1[3];
 #pragma unroll
     for (int i = 0; i < ODD1; i++) odd1[i] = *((const uint32_t *)(rest + ODD2 * 256 + i * 128) + lane);
-    auto half = [&](int i, int j) -> Half {
-        if (i < ODD4) return {word(odd4, j) & NIBBLE, word(odd4, j) & NIBBLE << 4};
-        if (i < ODD4 + ODD2) {
-            const uint32_t y = (j < 2 ? odd2.x : odd2.y) >> j % 2 * 2;
-            return {y & PAIR, y & PAIR << 4};
-        }
-        const uint32_t y = odd1[i - ODD4 - ODD2] >> j;
-        return {y & BIT, y & BIT << 4};
+    auto left = [&](int i, int j) {
+        if (i < ODD4) return half(word(odd4, j), NIBBLE);
+        if (i < ODD4 + ODD2) return half((j < 2 ? odd2.x : odd2.y) >> j % 2 * 2, PAIR);
+        return half(odd1[i - ODD4 - ODD2] >> j, BIT);
     };
 #pragma unroll
     for (int i = 0; i < ODD; i += 2) {
         load(b, fragments);
 #pragma unroll
         for (int j = 0; j < GROUPS; j++) {
-            const Half x = half(i, j), y = i + 1 < ODD ? half(i + 1, j) : x;
-            score(s, j, x.low, x.high, y.low, y.high, b);
+            const Half x = left(i, j);
+            products(j, x, i + 1 < ODD ? left(i + 1, j) : x);
         }
     }
 }
 
-// Weighted sums of values by block. Of 4 bits, rows g + 8 count both nibbles.
+// Weighted sums of values by block: coordinates g once, coordinates g + 8 sixteen times and coordinates g.
 struct Sums {
     int sum[ROW_TILES][VALUE_BLOCKS][4];
 };
 typedef uint32_t Weights[ROW_TILES][GROUPS];
 
-__device__ __forceinline__ void mix(Sums &o, int block, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                    const Weights &p, int pair) {
-#pragma unroll
-    for (int n = 0; n < ROW_TILES; n++)
-        mma_unsigned(o.sum[n][block], a0, a1, a2, a3, p[n][2 * pair], p[n][2 * pair + 1]);
-}
-
 template <int N4, int N2, int N1>
 __device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Weights &p, int lane) {
+    auto mix = [&](int block, int pair, Half x, Half y) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++)
+            mma_unsigned(o.sum[n][block], x.low, x.both, y.low, y.both, p[n][2 * pair], p[n][2 * pair + 1]);
+    };
     const uint4 *wide = (const uint4 *)tile + lane;
     // products that add to the same sums are kept apart
 #pragma unroll
@@ -135,10 +117,8 @@ __device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Wei
         for (int pair = 0; pair < 2; pair++)
 #pragma unroll
             for (int k = 0; k < 2; k++)
-                if (i + k < N4) {
-                    const uint32_t y = word(x[k], 2 * pair), z = word(x[k], 2 * pair + 1);
-                    mix(o, i + k, y & NIBBLE, y, z & NIBBLE, z, p, pair);
-                }
+                if (i + k < N4)
+                    mix(i + k, pair, half(word(x[k], 2 * pair), NIBBLE), half(word(x[k], 2 * pair + 1), NIBBLE));
     }
     wide += N4 * 32;
 #pragma unroll
@@ -147,8 +127,8 @@ __device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Wei
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) {
             const uint32_t y = word(x, 2 * pair), z = word(x, 2 * pair + 1);
-            mix(o, N4 + i - 1, y & PAIR, y & PAIR << 4, z & PAIR, z & PAIR << 4, p, pair);
-            mix(o, N4 + i, y & PAIR << 2, y & PAIR << 6, z & PAIR << 2, z & PAIR << 6, p, pair);
+            mix(N4 + i - 1, pair, half(y, PAIR), half(z, PAIR));
+            mix(N4 + i, pair, half(y, PAIR << 2), half(z, PAIR << 2));
         }
     }
     wide += N2 / 2 * 32;
@@ -157,8 +137,8 @@ __device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Wei
         const uint2 x = *((const uint2 *)rest + lane);
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) {
-            const uint32_t y = pair ? x.y : x.x, z = y >> 2;
-            mix(o, N4 + N2 - 1, y & PAIR, y & PAIR << 4, z & PAIR, z & PAIR << 4, p, pair);
+            const uint32_t y = pair ? x.y : x.x;
+            mix(N4 + N2 - 1, pair, half(y, PAIR), half(y >> 2, PAIR));
         }
         rest += 256;
     }
@@ -168,11 +148,9 @@ __device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Wei
 #pragma unroll
         for (int pair = 0; pair < 2; pair++)
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const uint32_t y = word(x, 2 * pair), z = word(x, 2 * pair + 1);
-                mix(o, N4 + N2 + 4 * i + k, y & BIT << k, y & BIT << (k + 4), z & BIT << k, z & BIT << (k + 4), p,
-                    pair);
-            }
+            for (int k = 0; k < 4; k++)
+                mix(N4 + N2 + 4 * i + k, pair, half(word(x, 2 * pair), BIT << k),
+                    half(word(x, 2 * pair + 1), BIT << k));
     }
     uint32_t x[3];
 #pragma unroll
@@ -180,10 +158,8 @@ __device__ __forceinline__ void mix_tile(Sums &o, const uint8_t *tile, const Wei
 #pragma unroll
     for (int pair = 0; pair < 2; pair++)
 #pragma unroll
-        for (int i = 0; i < N1 % 4; i++) {
-            const uint32_t y = x[i] >> 2 * pair, z = x[i] >> (2 * pair + 1);
-            mix(o, N4 + N2 + N1 / 4 * 4 + i, y & BIT, y & BIT << 4, z & BIT, z & BIT << 4, p, pair);
-        }
+        for (int i = 0; i < N1 % 4; i++)
+            mix(N4 + N2 + N1 / 4 * 4 + i, pair, half(x[i] >> 2 * pair, BIT), half(x[i] >> (2 * pair + 1), BIT));
 }
 
 // A warp reads tiles of one head for long, so it always takes the same way.

@@ -37,7 +37,7 @@ class Item(NamedTuple):
 
 
 def schedule(
-    costs: Sequence[int], batch: int, tiles: int, blocks: int, *, entry: int, exact: bool
+    costs: Sequence[int], batch: int, tiles: int, blocks: int, *, entry: int, most: int, exact: bool
 ) -> list[Item]:
     """Parts in the order in which they should begin; every head of every sequence is covered once.
 
@@ -46,6 +46,7 @@ def schedule(
         tiles: of each head of each sequence, about.
         blocks: of threads that run at once.
         entry: what a part costs besides its tiles.
+        most: tiles that a part may have.
         exact: whether there are exact tokens.
     """
     spans = [cost * tiles for cost in costs]
@@ -54,7 +55,8 @@ def schedule(
     tried: list[tuple[float, bool, list[list[float]]]] = []
     for largest in _SIZES:
         for even in (True, False):
-            cuts = [_cuts(span, largest * share, x, even) for span, x in zip(spans, least, strict=True)]
+            sizes = [min(largest * share, span * most / tiles) for span in spans]
+            cuts = [_cuts(*one, even) for one in zip(spans, sizes, least, strict=True)]
             # exact tokens are few, and begin behind
             behind = batch * sum(map(len, cuts)) > blocks
             factor = _BEHIND if behind else 1.0 if even else _UNEQUAL
