@@ -313,6 +313,21 @@ def test_sums_of_one_warp_over_many_tokens_do_not_overflow(emulated, apart, firs
     assert_near(out, wanted)
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 200])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_a_number_in_a_query_is_none_in_its_row(emulated, wrong, tokens):
+    keys, values = both_sides(64, 1, tokens)
+    q = drawn(1, 4, 1, 64)
+    clean, _ = tile_attention(emulated, q, keys, values, tokens, scaling=0.125)
+    q[0, 2, 0, 5] = wrong
+    sides = tiled(keys, "tokens", tokens), tiled(values, "coordinates", tokens)
+    ranges = token_ranges(1, 1, 0, tokens, 0)
+    out = run(emulated, prepared(q, *sides, ranges, scaling=0.125, workers=6, shape=SMALL))
+    assert out[0, 0, 2].isnan().all()
+    others = [0, 1, 3]
+    assert torch.equal(out[0, 0, others], clean[0, 0, others])
+
+
 def test_runs_are_equal_and_leave_the_counters_at_zero(emulated):
     keys, values = both_sides(64, 2, 300, batch=2)
     # twelve rows a KV head are two pieces

@@ -347,7 +347,7 @@ class TileReader:
         return Call(setup.shape, (setup.blocks, 1, 1), values, (*own.values(), *setup.alive), out)
 
     def _tile_costs(self, block: int, tile: int) -> list[int]:
-        """What a K and a V tile of each head cost: bytes to read, and blocks to multiply in their units."""
+        """What a K and a V tile of each head cost in bytes: its own, ``block`` a block, and ``tile``."""
         keys, values = (side.tilings for side in self.sides)
         return [
             k.nbytes + v.nbytes + block * (len(k.blocks) + len(v.blocks)) + tile

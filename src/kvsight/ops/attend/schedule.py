@@ -46,7 +46,7 @@ def schedule(
         tiles: of each head of each sequence, about.
         blocks: of threads that run at once.
         entry: what a part costs besides its tiles.
-        most: tiles that a part may have.
+        most: tiles that a part may have; one in twenty more where that leaves no small rest.
         exact: whether there are exact tokens.
     """
     spans = [cost * tiles for cost in costs]

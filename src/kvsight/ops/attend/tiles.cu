@@ -172,6 +172,9 @@ __device__ void attend_codes(const Arguments &a, const Item &item, const Memory 
         clear(o.sum[n]);
     }
     stream_tiles(a, h, m, rows, reference, mass, o);
+    // integers lose what is not a number
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) mass[n] += 0.f * rows[4 * n].offset;
     __syncthreads();
 
     // merge the warps; the rings are free now
