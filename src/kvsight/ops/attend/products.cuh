@@ -6,12 +6,6 @@ struct Scores {
     int sum[ROW_TILES][GROUPS][4];
 };
 
-__device__ __forceinline__ void score(Scores &s, int group, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                      const uint2 *b) {
-#pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) mma_signed(s.sum[n][group], a0, a1, a2, a3, b[n]);
-}
-
 // Second operands of the next product.
 __device__ __forceinline__ void load(uint2 *b, const uint2 *&fragments) {
 #pragma unroll
@@ -23,7 +17,7 @@ constexpr uint32_t NIBBLE = 0x0f0f0f0fu, PAIR = 0x03030303u, BIT = 0x01010101u;
 
 __device__ __forceinline__ uint32_t word(const uint4 &x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
-// Half of a first operand: rows g and g + 8 of a block.
+// Half of a first operand: rows g of a block, and rows g + 8 with them.
 struct Half {
     uint32_t low, both;
 };
@@ -44,13 +38,16 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
     const uint4 *wide = (const uint4 *)tile + lane;
     const uint4 odd4 = wide[ODD4 ? (N4 - 1) * 32 : 0];
     uint2 b[ROW_TILES];
-    auto products = [&](int j, Half x, Half y) { score(s, j, x.low, x.both, y.low, y.both, b); };
+    auto score = [&](int group, Half x, Half y) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) mma_signed(s.sum[n][group], x.low, x.both, y.low, y.both, b[n]);
+    };
 #pragma unroll
     for (int i = 1; i < N4; i += 2) {
         load(b, fragments);
         const uint4 x = wide[i * 32 - 32], y = wide[i * 32];
 #pragma unroll
-        for (int j = 0; j < GROUPS; j++) products(j, half(word(x, j), NIBBLE), half(word(y, j), NIBBLE));
+        for (int j = 0; j < GROUPS; j++) score(j, half(word(x, j), NIBBLE), half(word(y, j), NIBBLE));
     }
     wide += N4 * 32;
 #pragma unroll
@@ -58,7 +55,7 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
         load(b, fragments);
         const uint4 x = wide[i / 2 * 32];
 #pragma unroll
-        for (int j = 0; j < GROUPS; j++) products(j, half(word(x, j), PAIR), half(word(x, j), PAIR << 2));
+        for (int j = 0; j < GROUPS; j++) score(j, half(word(x, j), PAIR), half(word(x, j), PAIR << 2));
     }
     wide += N2 / 2 * 32;
 #pragma unroll
@@ -68,7 +65,7 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
         for (int k = 0; k < 4; k += 2) {
             load(b, fragments);
 #pragma unroll
-            for (int j = 0; j < GROUPS; j++) products(j, half(word(x, j), BIT << k), half(word(x, j), BIT << (k + 1)));
+            for (int j = 0; j < GROUPS; j++) score(j, half(word(x, j), BIT << k), half(word(x, j), BIT << (k + 1)));
         }
     }
     const uint8_t *rest = tile + (N4 + N2 / 2 + N1 / 4) * 512;
@@ -87,7 +84,7 @@ __device__ __forceinline__ void score_tile(Scores &s, const uint8_t *tile, const
 #pragma unroll
         for (int j = 0; j < GROUPS; j++) {
             const Half x = left(i, j);
-            products(j, x, i + 1 < ODD ? left(i + 1, j) : x);
+            score(j, x, i + 1 < ODD ? left(i + 1, j) : x);
         }
     }
 }

@@ -55,7 +55,7 @@ def schedule(
     tried: list[tuple[float, bool, list[list[float]]]] = []
     for largest in _SIZES:
         for even in (True, False):
-            sizes = [min(largest * share, span * most / tiles) for span in spans]
+            sizes = [min(largest * share, cost * most) for cost in costs]
             cuts = [_cuts(*one, even) for one in zip(spans, sizes, least, strict=True)]
             # exact tokens are few, and begin behind
             behind = batch * sum(map(len, cuts)) > blocks

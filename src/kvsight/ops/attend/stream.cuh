@@ -7,8 +7,8 @@ constexpr int PASSING = 32;
 constexpr float HEADROOM = 15.98f, TARGET = 13.f;
 // rows of sums of warps lie so that lanes write to banks of their own
 constexpr int SPREAD = VALUES + 8;
-// threads that add up parts for the same four numbers of a row, and parts that each of them reads at once
-constexpr int QUADS = ROWS * HEAD_DIM / 4, SHARES = QUADS < THREADS ? THREADS / QUADS : 1, AT_ONCE = 8;
+// threads that add up parts for the same four numbers of a row
+constexpr int QUADS = ROWS * HEAD_DIM / 4, SHARES = QUADS < THREADS ? THREADS / QUADS : 1;
 
 __device__ __forceinline__ int key_words(const Head &h) { return 4 * h.key4 + 2 * h.key2 + h.key1; }
 __device__ __forceinline__ int value_words(const Head &h) { return 4 * h.value4 + 2 * h.value2 + h.value1; }
@@ -106,16 +106,16 @@ __device__ __forceinline__ float scores_of(const Arguments &a, const int (&sums)
 // What a row's tokens weigh, as second operands; adds it to `mass`.
 __device__ __forceinline__ void weigh(const float (&x)[GROUPS][2], float reference, uint32_t (&p)[GROUPS], float &mass) {
     // adding 2^23 leaves the rounded weight in the lowest bits
-    constexpr uint32_t BITS_OF_2_23 = 0x4b000000;
+    constexpr float ADDED = 8388608.f;
     uint32_t sum = 0;
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
-        const uint32_t y0 = __float_as_uint(exp2_fast(x[j][0] - reference) + 8388608.f);
-        const uint32_t y1 = __float_as_uint(exp2_fast(x[j][1] - reference) + 8388608.f);
+        const uint32_t y0 = __float_as_uint(exp2_fast(x[j][0] - reference) + ADDED);
+        const uint32_t y1 = __float_as_uint(exp2_fast(x[j][1] - reference) + ADDED);
         sum += y0 + y1;
         p[j] = transpose8x8(__byte_perm(y0, y1, 0x4051));
     }
-    mass += (float)(int)(sum - 2 * GROUPS * BITS_OF_2_23);
+    mass += (float)(int)(sum - 2 * GROUPS * __float_as_uint(ADDED));
 }
 
 // Moves a row's reference if its greatest score is too far above, and what was summed up with it.

@@ -7,6 +7,8 @@
 // adds up its parts.
 
 constexpr int PER_LANE = (HEAD_DIM + LANES - 1) / LANES;
+// parts that a thread reads at once
+constexpr int AT_ONCE = 8;
 // numbers of a row that a lane has, in fours
 constexpr int PIECES = (HEAD_DIM + 127) / 128;
 
