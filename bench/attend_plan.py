@@ -230,10 +230,10 @@ def wall(run: Callable[[], object]) -> float:
     return statistics.median(wall_milliseconds(run) for _ in range(3))
 
 
-def bf16(case: Case, device: str) -> dict[str, float]:
+def bf16(case: Case, device: str, *, clean: bool = False) -> dict[str, float]:
     """Milliseconds of torch's BF16 kernels."""
     if device != "cpu":
-        return baselines(case)
+        return baselines(case, clean=clean)
     shape = (case.batch, case.heads, case.context, case.dim)
     k, v = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn(case.batch, case.heads, case.group, case.dim, dtype=torch.bfloat16)
@@ -245,12 +245,19 @@ def head_bits(tiles: Tiles) -> list[float]:
     return [8 * t.nbytes / (TOKENS * DIM) for side in tiles.folded for t in side.tilings]
 
 
-def measure(cache: kvsight.PackedCache, calls: Sequence[Reading], case: Case, best: float) -> Iterator[Any]:
-    """A row for each layer."""
+def measure(
+    cache: kvsight.PackedCache, calls: Sequence[Reading], case: Case, best: Mapping[str, float]
+) -> Iterator[Any]:
+    """A row for each layer; ``best`` milliseconds of BF16 by how the cache was emptied: "" or "clean_"."""
     for layer, call in zip(cache.layers, calls, strict=True):
         run = call.launch()
         error = gate(call, run, sorted({0, case.batch - 1}))
-        ms = wall(run) if call.q.device.type == "cpu" else cold(lambda i, run=run: run())
+        times = {
+            name: wall(run)
+            if call.q.device.type == "cpu"
+            else cold(lambda i, run=run: run(), clean=bool(name))
+            for name in best
+        }
         tokens = layer.get_seq_length()
         yield {
             "layer": layer.layer.index,
@@ -260,20 +267,23 @@ def measure(cache: kvsight.PackedCache, calls: Sequence[Reading], case: Case, be
             "head_bits": head_bits(call.tiles),
             "widths": [t.widths for side in call.tiles.folded for t in side.tilings],
             "error": error,
-            "ms": ms,
-            "TB/s": layer.nbytes / ms * 1e-9,
-            "ratio": best / ms,
+            "TB/s": layer.nbytes / times[""] * 1e-9,
+            **{f"{name}ms": ms for name, ms in times.items()},
+            **{f"{name}ratio": best[name] / ms for name, ms in times.items()},
         }
 
 
-def summary(layers: Sequence[Mapping[str, Any]], best: float) -> dict[str, Any]:
+def summary(layers: Sequence[Mapping[str, Any]], best: Mapping[str, float]) -> dict[str, Any]:
     widths = [tuple(own) for row in layers for own in row["widths"]]
     return {
         "true_bits": statistics.mean(row["true_bits"] for row in layers),
         "sides of heads": len(widths),
         "different widths": len(set(widths)),
         "median_ratio": statistics.median(row["ratio"] for row in layers),
-        "ratio of all layers": best * len(layers) / sum(row["ms"] for row in layers),
+        **{
+            f"{name}ratio of all layers": ms * len(layers) / sum(row[f"{name}ms"] for row in layers)
+            for name, ms in best.items()
+        },
     }
 
 
@@ -289,22 +299,24 @@ def plans(model: Any, tokenizer: Any, args: argparse.Namespace) -> Iterator[Plan
 
 
 def run(
-    model: Any, plan: Plan, case: Case, ids: Tensor, new: int, base: Mapping[str, float]
+    model: Any, plan: Plan, case: Case, ids: Tensor, new: int, bases: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
     """One case: what all layers of the model took."""
-    best = min(base, key=base.__getitem__)
+    best = {name: min(base.values()) for name, base in bases.items()}
     cache, calls, seconds = decoded(model, plan, ids, new)
     layers: list[dict[str, Any]] = []
-    for row in measure(cache, calls, case, base[best]):
+    for row in measure(cache, calls, case, best):
         layers.append(row)
         print(
             f"  layer {row['layer']}: {row['true_bits']:.3f} true bits (heads {min(row['head_bits']):g} to "
             f"{max(row['head_bits']):g})  {row['ms']:.4f} ms  {row['TB/s']:.2f} TB/s  "
-            f"{row['ratio']:.2f} of {best} {base[best]:.4f}  error {row['error']:.1e}",
+            f"{row['ratio']:.2f} of BF16's {best['']:.4f}  clean {row['clean_ms']:.4f}  "
+            f"{row['clean_ratio']:.2f} of {best['clean_']:.4f}  error {row['error']:.1e}",
             flush=True,
         )
-    found = summary(layers, base[best])
-    found |= {"sinks": plan.sinks, "baselines_ms": dict(base), "best": best, "seconds": seconds}
+    found = summary(layers, best)
+    found |= {f"{name}baselines_ms": dict(base) for name, base in bases.items()}
+    found |= {"sinks": plan.sinks, "seconds": seconds}
     return {**found, "layers": layers}
 
 
@@ -312,7 +324,8 @@ def line(row: Mapping[str, Any]) -> str:
     times = ", ".join(f"{what} {count:.1f} s" for what, count in row["seconds"].items())
     return (
         f"{row['batch']}x{row['context']} {row['bits']:g} bits  {row['true_bits']:.3f} true bits  ratio "
-        f"{row['median_ratio']:.2f} (median), {row['ratio of all layers']:.2f} (all layers)  "
+        f"{row['median_ratio']:.2f} (median), {row['ratio of all layers']:.2f} (all layers), "
+        f"clean {row['clean_ratio of all layers']:.2f}  "
         f"{row['different widths']} different widths in {row['sides of heads']} sides of heads, "
         f"{row['sinks']} exact first tokens  {times}"
     )
@@ -320,7 +333,9 @@ def line(row: Mapping[str, Any]) -> str:
 
 def rows(model: Any, tokenizer: Any, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     cases = [Case(*map(int, given.split("x"))) for given in args.cases]
-    bases = {case: bf16(case, args.device) for case in cases}
+    bases = {
+        case: {name: bf16(case, args.device, clean=bool(name)) for name in ("", "clean_")} for case in cases
+    }
     begin = time.perf_counter()
     for bits, plan in zip(args.bits, plans(model, tokenizer, args), strict=True):
         fitted = time.perf_counter() - begin

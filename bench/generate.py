@@ -8,11 +8,15 @@ lists what ran. Widths differ from head to head as an allocation gives them, and
 Weights, tokens and codes are random and nothing is prefilled: this measures time and bytes, and a step's
 time depends on neither. A compiled step is held to an eager one before it is timed.
 
+``--fused`` is the same shape as a Phi-3: one product gives queries, keys and values, and one gate and up,
+as serving programs have it for a Llama, too.
+
 A context of 64 tokens is measured, too: what a step costs beside attention. A cache that does not fit the
 device beside the model is not made, and its row says what it would have taken.
 
     python bench/generate.py --json bench/results/generate-h200.json
-    python bench/generate.py --compile model --cases 8x32768 --bits 4 2 --json compiled.json
+    python bench/generate.py --compile layers --cases 8x32768 --bits 4 2 --json compiled.json
+    python bench/generate.py --compile layers --cases 8x32768 --bits 4 2 --fused --json fused.json
     python bench/generate.py --compile model --tiny    # on a CPU, to try this program
 """
 
@@ -33,9 +37,10 @@ from stepping import Stepper, as_graph, kernels, timed
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Phi3Config, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama import modeling_llama
+from transformers.models.phi3 import modeling_phi3
 
 import kvsight
 from kvsight.cache.counter import Counter
@@ -96,7 +101,7 @@ class Piece(DynamicLayer):
 class Setting:
     """The model's shape, where it runs, and how its steps are compiled: "model", "layers" or not."""
 
-    shape: LlamaConfig
+    shape: PreTrainedConfig
     device: str
     compiled: str | None
 
@@ -119,6 +124,25 @@ class Setting:
             layer.is_initialized = True
             cache.layers[i] = layer
         return cache
+
+
+def fused(shape: LlamaConfig) -> Phi3Config:
+    """The same shape with fewer, larger products."""
+    out = Phi3Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        max_position_embeddings=shape.max_position_embeddings,
+        rope_parameters=shape.rope_parameters,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    out.head_dim = shape.head_dim
+    return out
 
 
 def plan_for(model: Any, case: Case, bits: float) -> Plan:
@@ -376,13 +400,17 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=cases, help="batch x context")
     parser.add_argument("--bits", type=float, nargs="+", default=[4.0])
     parser.add_argument("--compile", choices=("model", "layers"), default=None, help="what torch compiles")
+    parser.add_argument("--fused", action="store_true", help="fewer, larger products for queries to values")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to try this program")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device.")
     # one new token sees all others; while a graph is captured some versions would build a mask to say so
-    modeling_llama.create_causal_mask = lambda *args, **kwargs: None
-    setting = Setting(TINY if args.tiny else LLAMA, "cpu" if args.tiny else "cuda", args.compile)
+    for modeling in (modeling_llama, modeling_phi3):
+        modeling.create_causal_mask = lambda *args, **kwargs: None
+    shape = TINY if args.tiny else LLAMA
+    shape = fused(shape) if args.fused else shape
+    setting = Setting(shape, "cpu" if args.tiny else "cuda", args.compile)
     if args.tiny:
         args.cases = ["2x128"]
     begin = time.perf_counter()
@@ -393,7 +421,7 @@ def main() -> None:
         f"{device}, torch {torch.__version__}, random weights made in {time.perf_counter() - begin:.1f} s"
     )
     rows: list[dict[str, Any]] = []
-    about = {"device": device, "weights": "random", "compiled": args.compile}
+    about = {"device": device, "weights": "random", "fused": args.fused, "compiled": args.compile}
     for row in run(model, setting, args):
         rows.append(row)
         over_rest(rows)
