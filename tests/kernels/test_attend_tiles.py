@@ -347,6 +347,18 @@ def test_runs_are_equal_and_leave_the_counters_at_zero(emulated):
     assert done.shape == (8,) and not done.any()
 
 
+def test_launches_of_two_caches_share_nothing_that_they_write():
+    """They may run at the same time, on streams of their own."""
+    calls = []
+    for _ in range(2):
+        keys, values = both_sides(64, 2, 300)
+        sides = tiled(keys, "tokens", 300), tiled(values, "coordinates", 300)
+        ranges = token_ranges(1, 1, 0, 300, 0)
+        options = {"scaling": 0.125, "workers": 12, "shape": SMALL}
+        calls.append(prepared(drawn(1, 8, 1, 64), *sides, ranges, **options).values)
+    assert all(calls[0][name] != calls[1][name] for name in ("out", "partial", "masses", "done"))
+
+
 @pytest.mark.parametrize("row_tiles", [1, 2])
 @pytest.mark.parametrize("blocks", [4, 16, 32])
 @pytest.mark.parametrize("dim", [64, 128, 256])

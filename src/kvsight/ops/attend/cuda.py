@@ -391,7 +391,8 @@ class TileReader:
             "items": torch.cat([items, heads], dim=-1),
             "partial": scratch(len(parts), shape.rows, shape.head_dim),
             "masses": scratch(len(parts), shape.rows, 2),
-            "done": _counters(size.batch * len(keys) * pieces, device),
+            # every launch leaves them at zero; those of other readers may run at the same time
+            "done": torch.zeros(size.batch * len(keys) * pieces, dtype=torch.int32, device=device),
         }
         return _Setup(shape, len(parts), tensors, (*tensors.values(), *self.tiles))
 
@@ -476,12 +477,6 @@ def reads_tiles(device: torch.device, dtype: torch.dtype) -> bool:
     ):
         return False
     return torch.cuda.get_device_capability(device) >= _HOPPER
-
-
-@lru_cache(maxsize=64)
-def _counters(count: int, device: torch.device) -> Tensor:
-    # every launch leaves them at zero
-    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def attend_tiles(call: Call) -> Tensor:
