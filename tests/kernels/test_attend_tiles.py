@@ -213,6 +213,15 @@ def test_head_dims(emulated, dim):
     assert_near(out, wanted)
 
 
+def test_an_item_may_be_larger_than_its_block_of_threads(emulated):
+    keys, values = (side([(8,) * 32], 70, 1, 512, seed) for seed in (1, 2))
+    # two warps, as tiles of this size leave room for
+    shape = {"warps": 2, "ring": 64 * 1024}
+    q = drawn(1, 2, 1, 512)
+    out, wanted = tile_attention(emulated, q, keys, values, 70, shape=shape, scaling=512**-0.5)
+    assert_near(out, wanted, 3e-3)
+
+
 def test_one_head_of_one_chunk(emulated):
     keys, values = both_sides(16, 1, 70)
     out, wanted = tile_attention(emulated, drawn(1, 2, 1, 16), keys, values, 70, scaling=0.25)

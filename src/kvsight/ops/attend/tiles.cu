@@ -415,8 +415,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
     static_assert(2 * sizeof(Feed) + sizeof(Stream) <= 96, "as cuda.py counts");
     const Memory m = {memory, memory + warp * RING, barriers + warp * 2 * MOST_STAGES, fragments, rows, halves, work,
                       feeds, (Stream *)(feeds + 2), a.ranges ? 0 : *a.seen};
-    if (threadIdx.x < sizeof(Item) / 16)
-        ((int4 *)&item)[threadIdx.x] = ((const int4 *)(a.items + blockIdx.x))[threadIdx.x];
+    for (int i = threadIdx.x; i < (int)sizeof(Item) / 16; i += THREADS)
+        ((int4 *)&item)[i] = ((const int4 *)(a.items + blockIdx.x))[i];
     if (lane < 2 * MOST_STAGES) barrier_init(m.barriers + lane);
     barrier_init_done();
     __syncthreads();
