@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 from kvsight.ops import nvrtc
 from kvsight.ops.binaries import Binaries, kernel_folder
@@ -165,13 +167,48 @@ def test_a_folder_that_cannot_be_written_costs_time_only(compiler, tmp_path, cap
 
 def test_the_folder_keeps_what_was_used_last(tmp_path):
     kept = Binaries(lambda: tmp_path, most_bytes=3 * (100 + 32))
-    for i in range(3):
-        kept.write(f"k{i}", bytes(100))
-        os.utime(tmp_path / f"k{i}", (i, i))
-    assert kept.read("k0") == bytes(100)
-    kept.write("k3", bytes(100))
-    assert {path.name for path in tmp_path.iterdir()} == {"k0", "k2", "k3"}
-    assert kept.read("k1") is None
+    keys = [f"{i:064x}" for i in range(4)]
+    for i, key in enumerate(keys[:3]):
+        kept.write(key, bytes(100))
+        os.utime(tmp_path / key, (i, i))
+    assert kept.read(keys[0]) == bytes(100)
+    kept.write(keys[3], bytes(100))
+    assert {path.name for path in tmp_path.iterdir()} == {keys[0], keys[2], keys[3]}
+    assert kept.read(keys[1]) is None
+
+
+def test_files_of_others_stay_in_the_folder(tmp_path):
+    for name in ("results.bin", "0" * 63, ".config"):
+        (tmp_path / name).write_bytes(bytes(1000))
+        os.utime(tmp_path / name, (0, 0))
+    kept = Binaries(lambda: tmp_path, most_bytes=200)
+    for i in range(4):
+        kept.write(f"{i:064x}", bytes(100))
+    assert {path.name for path in tmp_path.iterdir()} == {"results.bin", "0" * 63, ".config", f"{3:064x}"}
+
+
+def test_a_kernel_is_loaded_once_however_many_there_are(monkeypatch):
+    class Loaded:
+        func = None
+
+        def set_shared_memory_config(self, nbytes):
+            pass
+
+    loads = []
+
+    def load(binary, names):
+        loads.append(binary)
+        return {name: Loaded() for name in names}
+
+    monkeypatch.setattr(nvrtc, "_target", lambda device: HOPPER)
+    monkeypatch.setattr(nvrtc._builds, "binary", lambda source, target: source.name.encode())
+    monkeypatch.setattr(torch.cuda._utils, "_cuda_load_module", load)
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", None, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    for _ in range(2):
+        for i in range(300):
+            nvrtc.compiled(source(f"loaded{i}"), 0, torch.device("cuda", 0))
+    assert len(loads) == 300
 
 
 def test_where_the_folder_is(monkeypatch, tmp_path):

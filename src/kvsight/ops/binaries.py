@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ _log = logging.getLogger("kvsight")
 # a thousand kernels and more
 _MOST_BYTES = 256 << 20
 _PROOF = hashlib.sha256().digest_size
+# a hash, and files that are being written
+_OURS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\..*")
 
 
 def kernel_folder() -> Path | None:
@@ -29,7 +32,7 @@ def kernel_folder() -> Path | None:
 
 
 class Binaries:
-    """Files by key. One that cannot be read or written, or is damaged, costs time only."""
+    """Files by key, 64 hex digits. One that cannot be read or written, or is damaged, costs time only."""
 
     def __init__(
         self, folder: Callable[[], Path | None] = kernel_folder, most_bytes: int = _MOST_BYTES
@@ -84,10 +87,12 @@ class Binaries:
 
 
 def _files(folder: Path) -> list[tuple[float, int, Path]]:
-    """Time of last use, bytes and path of all files; others may remove some meanwhile."""
+    """Time of last use, bytes and path of our files; others may remove some meanwhile."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
+            if not _OURS.fullmatch(entry.name):
+                continue
             with suppress(FileNotFoundError):
                 about = entry.stat()
                 found.append((about.st_mtime, about.st_size, Path(entry.path)))

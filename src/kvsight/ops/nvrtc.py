@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ def build_ahead(sources: Iterable[Source], device: torch.device) -> None:
     _builds.start(sources, _target(device))
 
 
-@lru_cache(maxsize=256)
+# torch has no way to unload a module, and a plan has a kernel for each layer
+@cache
 def compiled(source: Source, shared_bytes: int, device: torch.device) -> Kernel:
     """The kernel of a source for a device; compiled once, also by earlier processes."""
     if not hasattr(torch.cuda, "_compile_kernel"):

@@ -4,7 +4,7 @@ import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -486,7 +486,8 @@ def attend_tiles(call: Call) -> Tensor:
     return call.out
 
 
-@lru_cache(maxsize=256)
+# a module that is loaded again is never unloaded
+@cache
 def _kernel(shape: Shape, device: torch.device) -> Kernel:
     return compiled(attend_source(shape), shape.shared_bytes, device)
 

@@ -18,7 +18,7 @@ precision instead.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -293,7 +293,7 @@ def most_tiles(new: int) -> int:
     return (new + 2 * TOKENS - 2) // TOKENS
 
 
-@lru_cache(maxsize=64)
+@cache
 def _kernel(shape: Shape, dim: int, dtype: torch.dtype, image: int, device: torch.device) -> Kernel:
     shared = shape.shared_bytes(dim, parts_of(dtype), image)
     return compiled(encode_source(shape, dim, dtype), shared, device)
