@@ -364,8 +364,9 @@ def test_launches_of_two_caches_share_nothing_that_they_write():
         sides = tiled(keys, "tokens", 300), tiled(values, "coordinates", 300)
         ranges = token_ranges(1, 1, 0, 300, 0)
         options = {"scaling": 0.125, "workers": 12, "shape": SMALL}
-        calls.append(prepared(drawn(1, 8, 1, 64), *sides, ranges, **options).values)
-    assert all(calls[0][name] != calls[1][name] for name in ("out", "partial", "masses", "done"))
+        calls.append(prepared(drawn(1, 8, 1, 64), *sides, ranges, **options))
+    one, other = (call.values for call in calls)
+    assert all(one[name] != other[name] for name in ("out", "partial", "masses", "done"))
 
 
 @pytest.mark.parametrize("row_tiles", [1, 2])

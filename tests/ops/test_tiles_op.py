@@ -9,7 +9,7 @@ from kvsight.cache.side import append, start
 from kvsight.cache.tiles import Tiles
 from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
-from kvsight.ops.attend.tiles_op import attend_tiles_op, count_tokens_op, widths
+from kvsight.ops.attend.tiles_op import Shared, attend_tiles_op, count_tokens_op, widths
 from kvsight.ops.encode.op import encode_tiles_op
 from kvsight.quantizers.lloyd_max import row_quantizer, uniform
 from kvsight.retention import Retention
@@ -81,3 +81,30 @@ def test_graphs_refuse_more_rows_than_a_launch_takes(tiles):
     q = torch.randn(2, 8, 16, DIM)
     with pytest.raises((KVSightError, torch._dynamo.exc.TorchDynamoException), match="query rows"):
         torch.compile(attend, fullgraph=True, backend="eager")(q)
+
+
+def test_what_graphs_hold_lives_as_long_as_the_tiles():
+    shared, made = Shared(), []
+
+    def get(tiles):
+        def make():
+            made.append(torch.zeros(1))
+            return made[-1]
+
+        return shared.get(tiles, [], ("widths",), make)
+
+    held = [[torch.zeros(4, 4) for _ in range(2)] for _ in range(300)]
+    first = [get(tiles) for tiles in held]
+    assert len(made) == 300
+    # graphs pass other views of the same tiles
+    again = [get([tile.view(4, 4) for tile in tiles]) for tiles in held]
+    assert all(a is b for a, b in zip(first, again, strict=True))
+    del held[1:]
+    get([torch.zeros(5, 5)])
+    assert len(shared) == 2 and get(held[0]) is first[0]
+
+
+def test_other_tiles_in_the_same_place_are_others():
+    shared, space = Shared(), torch.zeros(64)
+    made = [shared.get([torch.from_numpy(space.numpy()).view(8, 8)], [], (), object) for _ in range(2)]
+    assert made[0] is not made[1]

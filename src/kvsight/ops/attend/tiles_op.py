@@ -3,13 +3,13 @@
 Eager calls skip it, and with it the dispatcher's cost.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvsight.ops.attend.cuda import Exact, TiledTokens, TileReader, attend_tiles, token_ranges
 from kvsight.ops.attend.tiles import FoldedTiles
@@ -17,17 +17,30 @@ from kvsight.ops.attend.tiles_ref import attend_tiles_ref
 from kvsight.tiling import CHUNK, TOKENS, Rows, Tiling
 
 _T = TypeVar("_T")
-_MOST = 256
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept(Generic[_T]):
+    made: _T
+    maps: tuple[Tensor, ...]
+    tiles: tuple[StorageWeakRef, ...]
+
+    def lives(self) -> bool:
+        return not any(tile.expired() for tile in self.tiles)
 
 
 class Shared(Generic[_T]):
     """What a graph's calls share from step to step, made once for tiles and maps where they lie.
 
-    Maps are kept alive, so that their addresses tell them apart; the latest stay.
+    It stays as long as the tiles: a captured graph holds addresses of what was made, and tells nobody when
+    it is replayed. Maps are kept alive, so that their addresses tell them apart.
     """
 
     def __init__(self) -> None:
-        self._found: OrderedDict[tuple[object, ...], tuple[_T, Sequence[Tensor]]] = OrderedDict()
+        self._found: dict[tuple[object, ...], _Kept[_T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
 
     def get(
         self,
@@ -39,12 +52,13 @@ class Shared(Generic[_T]):
         """What was made for the same tiles, maps and other numbers, or ``make()``."""
         places = tuple((t.data_ptr(), *t.shape, *t.stride()) for t in tiles)
         key = places, tuple(m.data_ptr() for m in maps), others
-        if key not in self._found:
-            self._found[key] = make(), list(maps)
-            if len(self._found) > _MOST:
-                self._found.popitem(last=False)
-        self._found.move_to_end(key)
-        return self._found[key][0]
+        found = self._found.get(key)
+        # new tiles may lie where others did
+        if found is None or not found.lives():
+            self._found = {k: kept for k, kept in self._found.items() if kept.lives()}
+            held = tuple(StorageWeakRef(t.untyped_storage()) for t in tiles)
+            found = self._found[key] = _Kept(make(), tuple(maps), held)
+        return found.made
 
 
 @torch.library.custom_op("kvsight::count_tokens", mutates_args=("seen",))
