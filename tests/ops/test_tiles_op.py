@@ -9,7 +9,9 @@ from kvsight.cache.side import append, start
 from kvsight.cache.tiles import Tiles
 from kvsight.codec import Codec, Placement
 from kvsight.errors import KVSightError
+from kvsight.ops.attend.cuda import MOST_ROWS, token_ranges
 from kvsight.ops.attend.tiles_op import Shared, attend_tiles_op, count_tokens_op, widths
+from kvsight.ops.attend.tiles_ref import attend_tiles_ref
 from kvsight.ops.encode.op import encode_tiles_op
 from kvsight.quantizers.lloyd_max import row_quantizer, uniform
 from kvsight.retention import Retention
@@ -81,6 +83,25 @@ def test_graphs_refuse_more_rows_than_a_launch_takes(tiles):
     q = torch.randn(2, 8, 16, DIM)
     with pytest.raises((KVSightError, torch._dynamo.exc.TorchDynamoException), match="query rows"):
         torch.compile(attend, fullgraph=True, backend="eager")(q)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_launch_gets_no_more_rows_than_it_takes(tiles, monkeypatch, queries):
+    """Models with one KV head for dozens of query heads."""
+    launched = []
+
+    def counted(q, keys, values, ranges, **options):
+        launched.append(q.shape[1] * q.shape[2] // HEADS)
+        return attend_tiles_ref(q, keys, values, ranges, **options)
+
+    q, sinks = torch.randn(2, 24 * HEADS, queries, DIM), torch.randn(24 * HEADS)
+    monkeypatch.setattr("kvsight.cache.tiles.attend_tiles_ref", counted)
+    out = tiles.attend(q, scaling=0.2, sink_logits=sinks)
+    assert max(launched) <= MOST_ROWS and sum(launched) == 24 * queries
+    ranges = token_ranges(2, queries, 2, 78, 0)
+    exact = tiles._exact(q, None)
+    wanted = attend_tiles_ref(q, *tiles._tokens(), ranges, scaling=0.2, exact=exact, sink_logits=sinks)
+    torch.testing.assert_close(out, wanted)
 
 
 def test_what_graphs_hold_lives_as_long_as_the_tiles():

@@ -179,7 +179,10 @@ class Tiles:
         self, q: Tensor, scaling: float, hidden: Tensor | None, options: dict[str, Any]
     ) -> Tensor:
         queries, heads = q.shape[2], len(self.tiles[0])
-        step = max(1, MOST_ROWS * heads // q.shape[1])
+        group = q.shape[1] // heads
+        if group > MOST_ROWS:
+            return self._attend_by_query_heads(q, scaling, hidden, options)
+        step = MOST_ROWS // group
         # a graph that is recorded cannot be given another schedule
         about = self.room if self.reserved else self.known
         # the kernel finds plain ranges itself
@@ -197,6 +200,20 @@ class Tiles:
                 assert own is not None
                 parts.append(attend_tiles_ref(block, *self._tokens(), own, scaling=scaling, **options))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _attend_by_query_heads(
+        self, q: Tensor, scaling: float, hidden: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        """As ``_attend_few``, with as many query heads of each KV head at a time as a launch takes."""
+        sinks, heads = options["sink_logits"], len(self.tiles[0])
+        parts: list[Tensor] = []
+        for start in range(0, q.shape[1] // heads, MOST_ROWS):
+            own = slice(start, start + MOST_ROWS)
+            block = q.unflatten(1, (heads, -1))[:, :, own].flatten(1, 2)
+            logits = None if sinks is None else sinks.unflatten(0, (heads, -1))[:, own].flatten()
+            out = self._attend_few(block, scaling, hidden, options | {"sink_logits": logits})
+            parts.append(out.unflatten(2, (heads, -1)))
+        return torch.cat(parts, dim=3).flatten(2, 3)
 
     def _attend_compiled(
         self, q: Tensor, scaling: float, softcap: float | None, sink_logits: Tensor | None
