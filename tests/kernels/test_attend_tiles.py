@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -415,16 +416,19 @@ def test_wider_heads_get_more_parts():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "capability", "wanted"),
+    ("device", "dtype", "capability", "kilobytes", "wanted"),
     [
-        ("cuda", torch.bfloat16, (9, 0), True),
-        ("cuda", torch.float32, (12, 0), True),
-        ("cuda", torch.bfloat16, (8, 6), False),
-        ("cuda", torch.float64, (9, 0), False),
-        ("cpu", torch.bfloat16, (9, 0), False),
+        ("cuda", torch.bfloat16, (9, 0), 228, True),
+        ("cuda", torch.float32, (10, 0), 228, True),
+        ("cuda", torch.float32, (12, 0), 100, False),
+        ("cuda", torch.bfloat16, (8, 6), 228, False),
+        ("cuda", torch.float64, (9, 0), 228, False),
+        ("cpu", torch.bfloat16, (9, 0), 228, False),
     ],
 )
-def test_tiles_are_read_by_gpus_since_hopper(monkeypatch, device, dtype, capability, wanted):
+def test_tiles_are_read_by_gpus_since_hopper(monkeypatch, device, dtype, capability, kilobytes, wanted):
+    about = SimpleNamespace(shared_memory_per_multiprocessor=1024 * kilobytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert reads_tiles.__wrapped__(torch.device(device), dtype) is wanted

@@ -468,7 +468,10 @@ def _coarse(tiles: int) -> int:
 
 @lru_cache(maxsize=16)
 def reads_tiles(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels of tiles run there: NVIDIA GPUs since Hopper, which copy in bulk."""
+    """Whether the kernels of tiles run there: NVIDIA GPUs since Hopper, which copy in bulk.
+
+    Those for desks have less shared memory than the kernels are made for.
+    """
     if (
         dtype not in NUMBERS
         or device.type != "cuda"
@@ -476,7 +479,9 @@ def reads_tiles(device: torch.device, dtype: torch.dtype) -> bool:
         or not hasattr(torch.cuda, "_compile_kernel")
     ):
         return False
-    return torch.cuda.get_device_capability(device) >= _HOPPER
+    if torch.cuda.get_device_capability(device) < _HOPPER:
+        return False
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor) >= SHARED_BYTES
 
 
 def attend_tiles(call: Call) -> Tensor:
