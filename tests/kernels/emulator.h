@@ -172,6 +172,11 @@ inline float __fmaf_rz(float x, float y, float z) {
     float rounded = (float)sum;
     return rounded > sum ? nextafterf(rounded, -INF) : rounded;
 }
+inline float __fadd_rz(float x, float y) {
+    const double sum = (double)x + y;
+    const float near = (float)sum;
+    return std::abs((double)near) > std::abs(sum) ? nextafterf(near, 0.f) : near;
+}
 inline float __saturatef(float x) { return x > 0.f ? fminf(x, 1.f) : 0.f; }
 inline int __float2int_rn(float x) { return (int)nearbyintf(x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {

@@ -323,6 +323,25 @@ def test_sums_of_one_warp_over_many_tokens_do_not_overflow(emulated, apart, firs
     assert_near(out, wanted)
 
 
+@pytest.mark.parametrize("apart", [15.2, 16.0, 17.3])
+def test_many_small_weights_count_beside_a_great_one(emulated, apart):
+    """Each of them is nothing beside the first token's, and all of them are a tenth of it."""
+    tokens = 8000
+    keys, values = (list(side([(8,)], tokens, 1, 16, seed)) for seed in (1, 2))
+    codes = torch.full((tokens, 16), 255, dtype=torch.uint8)
+    codes[:1] = 0
+    keys[0].packed.tensors[0].copy_(pack_row(codes, keys[0].packed.format.widths))
+    decoded = Segment(tokens, coded=keys).decode(torch.float64)[0, 0]
+    way = decoded[0] - decoded[-1]
+    q = (apart * math.log(2) * way / way.square().sum()).expand(1, 4, 1, 16).bfloat16().contiguous()
+    shape = {"warps": 1, "ring": 32 * 1024}
+    out, wanted = tile_attention(emulated, q, keys, values, tokens, shape=shape, scaling=1.0, workers=1)
+    decoded = [Segment(tokens, coded=parts).decode(q.dtype) for parts in (keys, values)]
+    torch_out = torch.nn.functional.scaled_dot_product_attention(q, *decoded, scale=1.0, enable_gqa=True)
+    ours, theirs = ((x.double() - wanted).norm() for x in (out, torch_out.transpose(1, 2)))
+    assert ours <= 1.5 * theirs
+
+
 @pytest.mark.parametrize("tokens", [1, 20, 200])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_not_a_number_in_a_query_is_none_in_its_row(emulated, wrong, tokens):

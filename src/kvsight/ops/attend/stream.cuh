@@ -3,8 +3,8 @@
 constexpr int MOST_STAGES = 8;
 // with more tiles than this for a warp others' lines have to leave the L2 cache anyway, and had better do so at once
 constexpr int PASSING = 32;
-// weights are kept below 2^16; a new reference puts the greatest at 2^13
-constexpr float HEADROOM = 15.98f, TARGET = 13.f;
+// weights are kept below 2^16; a new reference puts the greatest at 2^14.5
+constexpr float HEADROOM = 15.98f, TARGET = 14.5f;
 // rows of sums of warps lie so that lanes write to banks of their own
 constexpr int SPREAD = VALUES + 8;
 // threads that add up parts for the same four numbers of a row
@@ -103,15 +103,25 @@ __device__ __forceinline__ float scores_of(const Arguments &a, const int (&sums)
     return most;
 }
 
+// Where between two whole numbers a lane's weights are cut, for tokens g and for tokens g + 8: from 1 to 2, both ends
+// excluded. Lanes of a tile and tiles of a row have all places between them equally often, so that many weights below
+// one add up to what they are: rounded to the nearest, all would be lost beside one that is far greater.
+__device__ __forceinline__ float2 places_to_cut(int tile) {
+    const uint32_t place = tile * 0x9e3779b1u + ((uint32_t)(threadIdx.x % LANES / 4) << 29);
+    const float at = __uint_as_float(place >> 9 | 0x3f800001);
+    return make_float2(at, 3.f - at);
+}
+
 // What a row's tokens weigh, as second operands; adds it to `mass`.
-__device__ __forceinline__ void weigh(const float (&x)[GROUPS][2], float reference, uint32_t (&p)[GROUPS], float &mass) {
-    // adding 2^23 leaves the rounded weight in the lowest bits
+__device__ __forceinline__ void weigh(const float (&x)[GROUPS][2], float reference, float2 cut, uint32_t (&p)[GROUPS],
+                                      float &mass) {
+    // adding 2^23 leaves the whole number in the lowest bits; `cut` has one too many
     constexpr float ADDED = 8388608.f;
     uint32_t sum = 0;
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
-        const uint32_t y0 = __float_as_uint(exp2_fast(x[j][0] - reference) + ADDED);
-        const uint32_t y1 = __float_as_uint(exp2_fast(x[j][1] - reference) + ADDED);
+        const uint32_t y0 = __float_as_uint(__fadd_rz(exp2_fast(x[j][0] - reference) + cut.x, ADDED - 1.f));
+        const uint32_t y1 = __float_as_uint(__fadd_rz(exp2_fast(x[j][1] - reference) + cut.y, ADDED - 1.f));
         sum += y0 + y1;
         p[j] = transpose8x8(__byte_perm(y0, y1, 0x4051));
     }
@@ -148,13 +158,14 @@ __device__ __forceinline__ void stream_tiles(const Arguments &a, const Head &h, 
         phases ^= 1u << key_stage;
         key_stage = key_stage + 1 == stream.key_stages ? 0 : key_stage + 1;
         Weights p;
+        const float2 cut = places_to_cut(tile);
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
             float x[GROUPS][2];
             const float most = scores_of(a, s.sum[r], rows[4 * r], tile * TOKENS, x);
             if (__builtin_expect(__any_sync(~0u, most - reference[r] > HEADROOM), 0))
                 move_reference(most, reference[r], mass[r], o.sum[r]);
-            weigh(x, reference[r], p[r], mass[r]);
+            weigh(x, reference[r], cut, p[r], mass[r]);
         }
         unsigned char *values = m.ring + stream.key_stages * stream.key_bytes + value_stage * stream.value_bytes;
         barrier_wait(m.barriers + MOST_STAGES + value_stage, phases >> (MOST_STAGES + value_stage) & 1);
