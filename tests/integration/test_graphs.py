@@ -110,6 +110,50 @@ def test_graphs_may_break_around_the_cache(model, plan):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("compiled", [0, 1], ids=["first", "second"])
+def test_some_layers_are_compiled_and_others_not(subject, fed, compiled):
+    ids, kept, mixed = tokens(2, 140), copy.deepcopy(fed), copy.deepcopy(subject)
+    mixed.model.layers[compiled].compile(backend="eager")
+    with kvsight.enable(subject), kvsight.enable(mixed):
+        wanted, found = stepper(subject, kept, ids), stepper(mixed, fed, ids)
+        for i in range(124, 134):
+            # eager steps between, and one layer that was in no graph yet
+            step = found if i % 4 else stepper(subject, fed, ids)
+            torch.testing.assert_close(step(i), wanted(i), atol=1e-5, rtol=1e-5)
+            assert {layer.cumulative_length for layer in fed.layers} == {i + 1}
+    assert fed.nbytes == kept.nbytes
+
+
+@pytest.mark.slow
+def test_torch_gives_up_compiling_between_graphs(subject, fed):
+    """Masks break graphs and grow; at its limit torch compiles what a model calls, but not the model."""
+    ids, kept = tokens(2, 140), copy.deepcopy(fed)
+    mask = torch.ones(2, 140, dtype=torch.long)
+    mask[0, :9] = 0
+    run = torch.compile(subject, dynamic=False, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2), kvsight.enable(subject):
+        wanted, found = stepper(subject, kept, ids), stepper(run, fed, ids)
+        for i in range(124, 132):
+            logits, same = (step(i, attention_mask=mask[:, : i + 1]) for step in (found, wanted))
+            torch.testing.assert_close(logits, same, atol=1e-4, rtol=1e-4)
+            assert {layer.cumulative_length for layer in fed.layers} == {i + 1}
+
+
+def test_a_step_past_the_room_is_not_counted(subject, fed):
+    ids, kept = tokens(2, 200), copy.deepcopy(fed)
+    room = fed.layers[0].tiles.first + fed.layers[0].tiles.room
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend="eager")
+    with kvsight.enable(subject):
+        wanted, eager = (stepper(subject, cache, ids) for cache in (kept, fed))
+        for i in range(124, room):
+            wanted(i), eager(i)
+        with pytest.raises(RuntimeError, match="past the room"):
+            stepper(run, fed, ids)(room)
+        assert fed.get_seq_length() == room
+        fed.reserve(200)
+        torch.testing.assert_close(stepper(run, fed, ids)(room), wanted(room), atol=1e-5, rtol=1e-5)
+
+
 def test_a_cache_outlives_inference_mode(model, plan):
     subject, ids = model("llama-1layer"), tokens(2, 90)
     cache = kvsight.PackedCache(plan("llama-1layer", "sight", bits=4.0, options=LAYOUT), tiles=True)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvsight.cache.outside import outside_graphs
 from kvsight.ops.attend.tiles_op import count_tokens_op
 
 
@@ -34,6 +35,7 @@ class Counter:
         """``seen`` as a scalar of its own, int64, for positions of the tokens that come."""
         return self.seen[0].long()
 
+    @outside_graphs
     def settle(self) -> int:
         """How many tokens graphs have counted beside the host; waits for the device if there are graphs."""
         if self.in_graphs and not self.recording:
@@ -56,4 +58,8 @@ class Counter:
     def advance_in_graph(self, new: int, room: int) -> None:
         """As ``advance``, by ``new`` tokens whenever the graph is replayed: numbers of the host stay."""
         count_tokens_op(self.seen, new, room)
+        self.join()
+
+    def join(self) -> None:
+        """Say that a layer appends in a graph."""
         self.in_graphs = True

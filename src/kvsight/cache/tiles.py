@@ -86,7 +86,19 @@ class Tiles:
     @property
     def known(self) -> int:
         """Coded tokens, without those of graphs that were replayed since they were last settled."""
-        return self._coded + self.counter.replayed
+        return self.counter.counted - self.first if self._follows else self._coded + self.counter.replayed
+
+    @property
+    def _follows(self) -> bool:
+        # where some layers are in graphs, what the first layer counts is all that is known
+        return self.counter.in_graphs and not self.leads
+
+    def before(self, new: int) -> int:
+        """Coded tokens that ``new`` ones lie behind; the first layer may have counted these already."""
+        if self._follows:
+            self.counter.settle()
+            return self.known - new
+        return self.tokens if self.leads else self.known
 
     @property
     def total(self) -> int:
@@ -122,16 +134,18 @@ class Tiles:
             out.reserve(self.room, more=False)
         return out
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Code new tokens [B, H, n, d], that are ``check``ed, behind the others."""
+    def append(self, k: Tensor, v: Tensor, tokens: int | None = None) -> None:
+        """Code new tokens [B, H, n, d], that are ``check``ed, behind the others: ``before`` of them."""
         new = k.shape[2]
         if torch.compiler.is_compiling():
             if self.leads:
                 self.counter.advance_in_graph(new, self.first + self.room)
+            else:
+                self.counter.join()
             encode_tiles_op(k, v, *self.tiles, *self.writing, self.seen, self.first)
             return
-        # the others come behind it
-        tokens = self.tokens if self.leads else self.known
+        if tokens is None:
+            tokens = self.before(new)
         self.reserve(tokens + new)
         self._coded += new
         self.counter.advance(self.first + tokens + new, self.first + self.room)

@@ -152,10 +152,9 @@ class PackedLayer(CacheLayerMixin):
 
     def _update_tiles(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         entered = self.tiles is None
-        if self.tiles is not None and self.tiles.leads:
-            self.tiles.counter.settle()
         new = key_states.shape[2]
-        before = self._length if self.tiles is None else self.tiles.first + self.tiles.known
+        coded = None if self.tiles is None else self.tiles.before(new)
+        before = self._length if self.tiles is None or coded is None else self.tiles.first + coded
         tiles, first = self._tiles(key_states, value_states)
         fresh = None
         if self.raw_prefill and new > 1:
@@ -166,7 +165,7 @@ class PackedLayer(CacheLayerMixin):
             self.ahead.start(key_states[:, :, first:], reads_codes=reads_codes)
         if fresh is None and new <= MOST_NEW:
             self.ahead.step(key_states)
-        tiles.append(key_states[:, :, first:], value_states[:, :, first:])
+        tiles.append(key_states[:, :, first:], value_states[:, :, first:], coded)
         if self.monitor is not None and new > MOST_NEW:
             self._look(self.monitor, *tiles.bare, key_states, value_states, before)
         return (
@@ -588,11 +587,7 @@ def _in_graph(
 ) -> Tensor:
     """As ``_on_codes`` while a step is compiled: one new token of each sequence sees all others."""
     if not torch.compiler.is_compiling():
-        # the graph ended between the cache and this
-        handle.tiles.counter.settle()
-        like = query.new_empty(query.shape[0], len(handle.tiles.tiles[0]), 0, query.shape[3])
-        key, value = (PackedKV(Held.in_tiles(handle.tiles, side), like, handle.reads) for side in (0, 1))
-        return _on_codes(module, query, key, value, mask, scaling, kwargs)
+        return _behind_graph(module, query, handle, mask, scaling, kwargs)
     if mask is not None or not _causal(module, kwargs) or not fused_arguments(kwargs):
         raise KVSightError(
             "compiled attention over a PackedCache is causal and has no mask: feed one token of every "
@@ -600,6 +595,22 @@ def _in_graph(
         )
     softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
     return handle.tiles.attend(query, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+
+
+@outside_graphs
+def _behind_graph(
+    module: nn.Module,
+    query: Tensor,
+    handle: TracedKV,
+    mask: Tensor | None,
+    scaling: float,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """As ``_on_codes``, where the graph ended between the cache and this."""
+    handle.tiles.counter.settle()
+    like = query.new_empty(query.shape[0], len(handle.tiles.tiles[0]), 0, query.shape[3])
+    key, value = (PackedKV(Held.in_tiles(handle.tiles, side), like, handle.reads) for side in (0, 1))
+    return _on_codes(module, query, key, value, mask, scaling, kwargs)
 
 
 def _causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -67,10 +67,10 @@ def count_tokens_op(seen: Tensor, new: int, room: int) -> None:
 
     One operator: plain additions get merged into other kernels, with a copy for every layer that reads.
     """
-    seen.add_(new)
     torch._assert_async(
-        seen <= room, "kvsight: a graph was replayed past the room of its cache; reserve more tokens."
+        seen <= room - new, "kvsight: a graph was replayed past the room of its cache; reserve more tokens."
     )
+    seen.add_(new)
 
 
 @count_tokens_op.register_fake
