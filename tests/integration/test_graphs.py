@@ -164,6 +164,21 @@ def test_a_cache_outlives_inference_mode(model, plan):
         cache.reset()
 
 
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside(subject, plan):
+    ids = tokens(2, 140)
+    fitted = plan("llama", "sight", bits=4.0, options=LAYOUT)
+    cache, kept = (kvsight.PackedCache(fitted, tiles=True) for _ in range(2))
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend="eager")
+    with kvsight.enable(subject):
+        for mode, one in ((torch.inference_mode, cache), (torch.no_grad, kept)):
+            with mode():
+                subject(ids[:, :124], past_key_values=one, use_cache=True)
+                one.reserve(140)
+        for i, call in ((124, subject), (125, run), (126, run)):
+            found, wanted = stepper(call, cache, ids)(i), stepper(subject, kept, ids)(i)
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_what_graphs_refuse(model, plan):
     subject, ids = model("llama-1layer"), tokens(2, 80)
     fitted = plan("llama-1layer", "sight", bits=4.0, options=LAYOUT)

@@ -175,6 +175,21 @@ def test_left_padding(model, plan):
     assert tiled.layers[0].tiles is not None
 
 
+def test_a_mask_may_change_between_steps(model, plan):
+    subject, fitted = model("llama"), plan("llama", "sight", bits=4.0, options=LAYOUT)
+    ids, found = tokens(2, 81), []
+    for cache in caches(fitted):
+        mask = torch.ones(2, 1, 1, 81, dtype=torch.bool)
+        with torch.no_grad(), kvsight.enable(subject):
+            step(subject, cache, ids[:, :80])
+            for hidden in (0, 40):
+                mask[0, ..., :hidden] = False
+                more = {"attention_mask": mask, "position_ids": torch.full((2, 1), 80)}
+                found.append(subject(ids[:, 80:], past_key_values=cache, use_cache=True, **more).logits)
+                cache.crop(-1)
+    assert near(found[0][0], found[2][0]) and near(found[1][0], found[3][0])
+
+
 def test_masks_that_hide_more_than_padding():
     plain = torch.ones(2, 1, 3, 8, dtype=torch.bool).tril(5)
     assert left_padding(plain).tolist() == [0, 0]

@@ -45,11 +45,15 @@ class Reads:
     def padding(self, mask: Tensor) -> Tensor | None:
         """How many first tokens of each sequence a mask hides, [B] on the CPU, if that is all it does.
 
-        Layers of one step share a mask, so it is looked at once.
+        Layers of one step share a mask, so it is looked at once; its owner may change it for the next.
         """
         if self._mask is not mask:
             self._mask, self._padding = mask, left_padding(mask)
         return self._padding
+
+    def begin_step(self) -> None:
+        """Forget the last step's mask."""
+        self._mask = self._padding = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Reads":
         fresh = Reads(self.plan)

@@ -377,7 +377,7 @@ def _tiled(state: SideState, tilings: Sequence[Tiling]) -> tuple[Tensor, ...]:
         packed = state.coded[part]
         form = packed.format
         assert isinstance(form, Row)
-        tiles = packed.tensors[0].new_zeros(state.batch, room, tiling.nbytes)
+        tiles = _no_codes(packed.tensors[0], state.batch, room, tiling.nbytes)
         for start in range(0, tokens, _PIECE):
             codes = unpack_row(packed.tensors[0][:, at, start : start + _PIECE], form.widths)
             codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[1] % TOKENS))
@@ -406,9 +406,15 @@ def _room(tokens: int) -> int:
 
 
 def _larger(tiles: Tensor, room: int) -> Tensor:
-    out = tiles.new_zeros(tiles.shape[0], room, tiles.shape[2])
+    out = _no_codes(tiles, tiles.shape[0], room, tiles.shape[2])
     out[:, : tiles.shape[1]] = tiles
     return out
+
+
+def _no_codes(like: Tensor, *shape: int) -> Tensor:
+    # caches outlive inference mode
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 @lru_cache(maxsize=16)

@@ -115,6 +115,8 @@ class PackedLayer(CacheLayerMixin):
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.layer.index == self.plan.layers[0].index:
+            self.reads.begin_step()
         if self._to_tiles(key_states.shape[2]):
             return self._update_tiles(key_states, value_states)
         self._in_rows()
