@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from kvsight.cache.counter import Counter
 from kvsight.cache.side import append, start
 from kvsight.cache.tiles import Tiles
 from kvsight.codec import Codec, Placement
@@ -129,3 +130,13 @@ def test_other_tiles_in_the_same_place_are_others():
     shared, space = Shared(), torch.zeros(64)
     made = [shared.get([torch.from_numpy(space.numpy()).view(8, 8)], [], (), object) for _ in range(2)]
     assert made[0] is not made[1]
+
+
+def test_a_capture_without_room_is_refused(tiles, monkeypatch):
+    k, v = tokens(tiles.room, 3)
+    monkeypatch.setattr(Counter, "recording", True)
+    with pytest.raises(KVSightError, match="with more before"):
+        tiles.append(k, v)
+    monkeypatch.undo()
+    tiles.append(k, v)
+    assert tiles.tokens == 78 + k.shape[2]

@@ -146,6 +146,12 @@ class Tiles:
             return
         if tokens is None:
             tokens = self.before(new)
+        if tokens + new > self.room and self.counter.recording:
+            # the move to larger storage would be part of the graph
+            raise KVSightError(
+                f"a graph is captured that appends {new} tokens to {tokens} where there is room for "
+                f"{self.room}; call cache.reserve(tokens) with more before."
+            )
         self.reserve(tokens + new)
         self._coded += new
         self.counter.advance(self.first + tokens + new, self.first + self.room)
