@@ -179,6 +179,16 @@ def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside(subject, plan
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_room_is_reserved_in_all_layers_or_in_none(subject, plan):
+    cache = kvsight.PackedCache(plan("llama", "sight", bits=4.0, options=LAYOUT), tiles=True)
+    with torch.no_grad(), kvsight.enable(subject):
+        subject(tokens(2, 124), past_key_values=cache, use_cache=True)
+    cache.layers[1].crop(20)
+    with pytest.raises(KVSightError, match="layer 1 has no tiles"):
+        cache.reserve(200)
+    assert not cache.layers[0].tiles.reserved
+
+
 def test_what_graphs_refuse(model, plan):
     subject, ids = model("llama-1layer"), tokens(2, 80)
     fitted = plan("llama-1layer", "sight", bits=4.0, options=LAYOUT)

@@ -156,7 +156,8 @@ def test_saved_and_loaded(model, plan, tmp_path):
         step(subject, cache, tokens(1, 1))
         assert cache.layers[0].tiles is not None
         cache.save(tmp_path / "cache.safetensors")
-        loaded = kvsight.PackedCache.load(tmp_path / "cache.safetensors", fitted)
+        loaded = kvsight.PackedCache.load(tmp_path / "cache.safetensors", fitted, tiles=True, monitor=False)
+        assert loaded.tiles and loaded.monitor is None
         assert near(step(subject, loaded, tokens(1, 1)), step(subject, cache, tokens(1, 1)))
 
 

@@ -211,7 +211,11 @@ class PackedLayer(CacheLayerMixin):
         return handle, handle
 
     def reserve(self, tokens: int) -> None:
-        """Room for so many tokens in all, in tiles; raises where there are none."""
+        """Room for so many tokens in all, in ``reservable`` tiles."""
+        self.reservable().reserve(tokens, more=False)
+
+    def reservable(self) -> Tiles:
+        """The layer's tiles; raises where there cannot be any by now."""
         if self.tiles is None and self.is_initialized and self._to_tiles(0):
             assert self.key_state is not None and self.value_state is not None
             self.tiles = self._take(self.key_state, self.value_state)
@@ -221,7 +225,7 @@ class PackedLayer(CacheLayerMixin):
                 "Tiles want a plan fitted with the option layout=tiles, a GPU or tiles=True, 64 tokens, "
                 "and no sliding window nor exact last tokens."
             )
-        self.tiles.reserve(tokens, more=False)
+        return self.tiles
 
     def _look(
         self,
@@ -443,6 +447,9 @@ class PackedCache(Cache):
         """
         if tokens < 1:
             raise KVSightError(f"room is for at least one token; got {tokens}.")
+        # all layers or none
+        for layer in self._packed_layers():
+            layer.reservable()
         for layer in self._packed_layers():
             layer.reserve(tokens)
 
@@ -490,8 +497,13 @@ class PackedCache(Cache):
         config: PreTrainedConfig | None = None,
         *,
         device: torch.device | str = "cpu",
+        tiles: bool | None = None,
+        monitor: bool = True,
     ) -> "PackedCache":
-        """Read a saved cache onto the model's device; another plan, or a damaged file, raises."""
+        """Read a saved cache onto the model's device; another plan, or a damaged file, raises.
+
+        ``tiles`` and ``monitor`` are as for a new one.
+        """
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -504,7 +516,7 @@ class PackedCache(Cache):
             raise KVSightError(f"{path} was not written by PackedCache.save.")
         if metadata["plan"] != plan_hash(plan):
             raise KVSightError(f"{path} was saved under another plan; load that plan first.")
-        cache = cls(plan, config, prefill=metadata["prefill"])
+        cache = cls(plan, config, prefill=metadata["prefill"], tiles=tiles, monitor=monitor)
         for index, state in json.loads(metadata["layers"]).items():
             layer = cache.layers[int(index)]
             assert isinstance(layer, PackedLayer)
