@@ -140,3 +140,24 @@ def test_a_capture_without_room_is_refused(tiles, monkeypatch):
     monkeypatch.undo()
     tiles.append(k, v)
     assert tiles.tokens == 78 + k.shape[2]
+
+
+def test_a_later_layer_may_be_captured_alone(tiles, monkeypatch):
+    later = Tiles(*tiles.states(), tiles.counter, leads=False)
+    for turn in range(3):
+        k, v = tokens(1, turn)
+        tiles.append(k, v)
+        with monkeypatch.context() as patch:
+            patch.setattr(Counter, "recording", turn == 0)
+            if turn == 0:
+                later.append(k, v)
+            else:
+                # a replay does what the device did
+                encode_tiles_op(k, v, *later.tiles, *later.writing, later.seen, later.first)
+        assert later.tokens == tiles.tokens == 79 + turn
+    assert int(tiles.seen) == tiles.total
+    k, v = tokens(1, 9)
+    for layer in (tiles, later):
+        layer.append(k, v)
+    for mine, other in zip(tiles.tiles, later.tiles, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))

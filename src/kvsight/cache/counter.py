@@ -22,6 +22,16 @@ class Counter:
             self.seen = torch.zeros(1, dtype=torch.int32, device=device)
         self.counted = self.replayed = 0
         self.in_graphs = False
+        # eager steps of the first layer, and the new tokens of the last
+        self.steps = self.new = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Counter":
+        out = memo[id(self)] = Counter(self.seen.device)
+        with torch.inference_mode(False):
+            out.seen.copy_(self.seen)
+        out.counted, out.replayed, out.in_graphs = self.counted, self.replayed, self.in_graphs
+        out.steps, out.new = self.steps, self.new
+        return out
 
     @property
     def recording(self) -> bool:

@@ -75,6 +75,8 @@ class Tiles:
         self._reader: dict[float, TileReader] = {}
         self._prefill_reader: dict[float, PrefillReader] = {}
         self._writer: TileWriter | None = None
+        # the first layer's step that tokens were last appended in
+        self._step = self.counter.steps
         self.counter.advance(self.total, self.first + self.room)
 
     @property
@@ -104,6 +106,12 @@ class Tiles:
     def total(self) -> int:
         """Exact and coded tokens."""
         return self.first + self.tokens
+
+    @property
+    def reached(self) -> int:
+        """As ``total``, without tokens that the first layer has in this step and this one not yet."""
+        late = self._follows and self._step != self.counter.steps
+        return self.total - (self.counter.new if late else 0)
 
     @property
     def seen(self) -> Tensor:
@@ -153,6 +161,12 @@ class Tiles:
                 f"{self.room}; call cache.reserve(tokens) with more before."
             )
         self.reserve(tokens + new)
+        if self.counter.recording:
+            # of layers that are replayed alone, too
+            self.counter.join()
+        if self.leads:
+            self.counter.steps, self.counter.new = self.counter.steps + 1, new
+        self._step = self.counter.steps
         self._coded += new
         self.counter.advance(self.first + tokens + new, self.first + self.room)
         if k.is_cuda:

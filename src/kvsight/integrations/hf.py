@@ -81,6 +81,10 @@ class PackedLayer(CacheLayerMixin):
     def cumulative_length(self, tokens: int) -> None:
         self._length = tokens
 
+    @property
+    def _reached(self) -> int:
+        return self._length if self.tiles is None else self.tiles.reached
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         retention = self.plan.retention(self.layer)
         dense = self.plan.dense_dtype
@@ -91,8 +95,9 @@ class PackedLayer(CacheLayerMixin):
         tiled = able if self.tiled is None else self.tiled
         if tiled and self.device.type == "cuda" and not able:
             raise KVSightError(
-                "tiles on a GPU need compute capability 9.0 (Hopper), torch 2.9 and at most 32 bits "
-                f"a number; got {torch.cuda.get_device_name(self.device)} and {self.dtype}. "
+                "tiles on a GPU need compute capability 9.0 (Hopper), 228 KB of shared memory, torch 2.9 "
+                f"and at most 32 bits a number; got {torch.cuda.get_device_name(self.device)} and "
+                f"{self.dtype}. "
                 "Leave tiles unset for rows."
             )
         self.fits_tiles = tiled and fits_tiles(self.key_state, self.value_state)
@@ -261,13 +266,13 @@ class PackedLayer(CacheLayerMixin):
         if tiles is not None and tiles.reserved and tiles.counter.recording:
             # a number would stay the same in every replay; callers add it to a tensor of positions
             return tiles.counter.before  # type: ignore[return-value]
-        return self.cumulative_length
+        return self._reached
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self._in_one_graph and self.tiles is not None:
             # graphs must not depend on how many tokens there are
             return self.tiles.room, 0
-        return self.cumulative_length + query_length, 0
+        return self._reached + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
