@@ -124,6 +124,20 @@ def test_some_layers_are_compiled_and_others_not(subject, fed, compiled):
     assert fed.nbytes == kept.nbytes
 
 
+def test_an_eager_first_layer_does_not_outgrow_compiled_ones(subject, fed):
+    ids, mixed = tokens(2, 200), copy.deepcopy(subject)
+    mixed.model.layers[1].compile(backend="eager")
+    room = fed.layers[0].tiles.first + fed.layers[0].tiles.room
+    with kvsight.enable(subject), kvsight.enable(mixed):
+        for i in range(124, room):
+            stepper(mixed, fed, ids)(i)
+        with pytest.raises(KVSightError, match="with more before"):
+            stepper(mixed, fed, ids)(room)
+        fed.reserve(200)
+        stepper(mixed, fed, ids)(room)
+        assert {layer.cumulative_length for layer in fed.layers} == {room + 1}
+
+
 def test_lengths_within_an_eager_step_behind_graphs(subject, fed):
     """Some models ask a later layer what it has while the first has the new tokens already."""
     ids, said = tokens(2, 140), []

@@ -1,5 +1,8 @@
 """How many tokens a sequence has: one number on the device for all layers, and what the host knows."""
 
+from typing import Any
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,8 @@ class Counter:
         self.in_graphs = False
         # eager steps of the first layer, and the new tokens of the last
         self.steps = self.new = 0
+        # all layers but the first
+        self.others: WeakSet[Any] = WeakSet()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Counter":
         out = memo[id(self)] = Counter(self.seen.device)

@@ -77,6 +77,8 @@ class Tiles:
         self._writer: TileWriter | None = None
         # the first layer's step that tokens were last appended in
         self._step = self.counter.steps
+        if not leads:
+            self.counter.others.add(self)
         self.counter.advance(self.total, self.first + self.room)
 
     @property
@@ -154,11 +156,11 @@ class Tiles:
             return
         if tokens is None:
             tokens = self.before(new)
-        if tokens + new > self.room and self.counter.recording:
-            # the move to larger storage would be part of the graph
+        # the move to larger storage would be part of a graph, or pass by layers that are in one
+        if tokens + new > self.room and (self.counter.recording or self._leaves_some_behind()):
             raise KVSightError(
-                f"a graph is captured that appends {new} tokens to {tokens} where there is room for "
-                f"{self.room}; call cache.reserve(tokens) with more before."
+                f"a graph has room for {self.room} tokens and cannot have {tokens + new}; "
+                "call cache.reserve(tokens) with more before."
             )
         self.reserve(tokens + new)
         if self.counter.recording:
@@ -175,6 +177,11 @@ class Tiles:
             self._writer.write(k, v, self.seen, self.first)
         else:
             write_tiles_ref(self.encoders, self.tiles, k, v, tokens)
+
+    def _leaves_some_behind(self) -> bool:
+        """Whether some layers are in graphs while this one, the first, is not."""
+        late = (other._step != self.counter.steps for other in self.counter.others)
+        return self.leads and self.counter.in_graphs and any(late)
 
     def reserve(self, tokens: int, more: bool = True) -> None:
         """Room for so many coded tokens, and for some ``more`` if there was not enough.
