@@ -161,8 +161,8 @@ class PackedLayer(CacheLayerMixin):
         entered = self.tiles is None
         new = key_states.shape[2]
         coded = None if self.tiles is None else self.tiles.before(new)
-        before = self._length if self.tiles is None or coded is None else self.tiles.first + coded
         tiles, first = self._tiles(key_states, value_states)
+        before = self._length if coded is None else tiles.first + coded
         fresh = None
         if self.raw_prefill and new > 1:
             exact = min(tiles.first, before)
@@ -606,7 +606,7 @@ def _in_graph(
 ) -> Tensor:
     """As ``_on_codes`` while a step is compiled: one new token of each sequence sees all others."""
     if not torch.compiler.is_compiling():
-        return _behind_graph(module, query, handle, mask, scaling, kwargs)
+        return _on_codes(module, query, *_behind_graph(query, handle), mask, scaling, kwargs)
     if mask is not None or not _causal(module, kwargs) or not fused_arguments(kwargs):
         raise KVSightError(
             "compiled attention over a PackedCache is causal and has no mask: feed one token of every "
@@ -617,19 +617,12 @@ def _in_graph(
 
 
 @outside_graphs
-def _behind_graph(
-    module: nn.Module,
-    query: Tensor,
-    handle: TracedKV,
-    mask: Tensor | None,
-    scaling: float,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """As ``_on_codes``, where the graph ended between the cache and this."""
+def _behind_graph(query: Tensor, handle: TracedKV) -> tuple[PackedKV, PackedKV]:
+    """Keys and values that a graph traced, where it ended before attention."""
     handle.tiles.counter.settle()
     like = query.new_empty(query.shape[0], len(handle.tiles.tiles[0]), 0, query.shape[3])
     key, value = (PackedKV(Held.in_tiles(handle.tiles, side), like, handle.reads) for side in (0, 1))
-    return _on_codes(module, query, key, value, mask, scaling, kwargs)
+    return key, value
 
 
 def _causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
