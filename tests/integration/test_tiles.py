@@ -191,6 +191,18 @@ def test_a_mask_may_change_between_steps(model, plan):
     assert near(found[0][0], found[2][0]) and near(found[1][0], found[3][0])
 
 
+def test_biases_of_a_mask_count(model, plan):
+    subject, fitted = model("llama"), plan("llama", "sight", bits=4.0, options=LAYOUT)
+    ids, found = tokens(2, 81), []
+    bias = torch.linspace(0, 3, 81).expand(2, 1, 1, 81)
+    more = {"attention_mask": bias, "position_ids": torch.full((2, 1), 80), "use_cache": True}
+    for cache in caches(fitted):
+        with torch.no_grad(), kvsight.enable(subject):
+            step(subject, cache, ids[:, :80])
+            found.append(subject(ids[:, 80:], past_key_values=cache, **more).logits)
+    assert near(*found)
+
+
 def test_masks_that_hide_more_than_padding():
     plain = torch.ones(2, 1, 3, 8, dtype=torch.bool).tril(5)
     assert left_padding(plain).tolist() == [0, 0]
@@ -198,6 +210,10 @@ def test_masks_that_hide_more_than_padding():
     padded[1, :, :, :2] = False
     assert left_padding(padded).tolist() == [0, 2]
     assert left_padding(torch.where(padded, 0.0, -1e9)).tolist() == [0, 2]
+    for bias in (0.5, -0.5):
+        biased = torch.where(padded, 0.0, -1e9)
+        biased[1, 0, 1, 3] = bias
+        assert left_padding(biased) is None
     padded[0, 0, 2, 4] = False
     assert left_padding(padded) is None
     assert left_padding(plain.expand(-1, 4, -1, -1)) is None

@@ -16,6 +16,8 @@ from kvsight.ops.attend.ref import Segment
 from kvsight.plan import Plan
 
 _MASK = 1 << 26
+# what is added to scores hides a token from here on, and is a bias above
+_HIDES = -1e4
 _KEEPING = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.contiguous, torch.ops.aten.detach)
 
 
@@ -63,22 +65,32 @@ class Reads:
 
 
 def left_padding(mask: Tensor) -> Tensor | None:
-    """[B] hidden first tokens of a causal mask [B, 1, Q, S]; None where it hides anything else."""
-    visible = mask if mask.dtype == torch.bool else mask >= 0
+    """[B] hidden first tokens of a causal mask [B, 1, Q, S]; None where it does anything else."""
     if mask.shape[1] != 1:
         return None
     queries, tokens = mask.shape[2:]
     at = torch.arange(tokens, device=mask.device)
-    hidden = (~visible[:, 0, -1]).sum(-1)
+    hidden = (~_shown(mask[:, 0, -1])).sum(-1)
     newest = tokens - queries + torch.arange(queries, device=mask.device)
     # some queries at a time: a mask of a long prefill is large
     step = max(1, _MASK // (len(mask) * tokens))
     for start in range(0, queries, step):
         rows = slice(start, start + step)
+        part = mask[:, 0, rows]
         plain = (at >= hidden.view(-1, 1, 1)) & (at <= newest[rows].unsqueeze(-1))
-        if not bool((visible[:, 0, rows] == plain).all()):
+        fits = (_shown(part) == plain) & (plain | _hides(part))
+        if not bool(fits.all()):
             return None
     return hidden.cpu()
+
+
+def _shown(mask: Tensor) -> Tensor:
+    """Where a mask leaves scores as they are: true, or nothing added."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _hides(mask: Tensor) -> Tensor:
+    return ~mask if mask.dtype == torch.bool else mask <= _HIDES
 
 
 @dataclass(frozen=True, eq=False)
