@@ -203,6 +203,22 @@ def test_biases_of_a_mask_count(model, plan):
     assert near(*found)
 
 
+def test_gradients_of_a_few_tokens_are_refused(model, plan):
+    subject, fitted = model("llama"), plan("llama", "sight", bits=4.0, options=LAYOUT)
+    rows, tiled = caches(fitted)
+    for cache in (rows, tiled):
+        with kvsight.enable(subject):
+            step(subject, cache, tokens(1, 70))
+            inputs = subject.get_input_embeddings()(tokens(1, 2)).detach().requires_grad_()
+            loss = subject(inputs_embeds=inputs, past_key_values=cache, use_cache=True).logits.sum()
+        if cache is rows:
+            loss.backward()
+            assert inputs.grad is not None and inputs.grad.any()
+            continue
+        with pytest.raises(KVSightError, match=r"tiles has no gradient; generate under torch.no_grad\(\)"):
+            loss.backward()
+
+
 def test_masks_that_hide_more_than_padding():
     plain = torch.ones(2, 1, 3, 8, dtype=torch.bool).tril(5)
     assert left_padding(plain).tolist() == [0, 0]

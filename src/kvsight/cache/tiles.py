@@ -19,6 +19,7 @@ from kvsight.codec import Placement, check_finite
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, Row
 from kvsight.ops.attend.cuda import MOST_ROWS, Exact, TiledTokens, TileReader, attend_tiles, token_ranges
+from kvsight.ops.attend.gradient import without_gradient
 from kvsight.ops.attend.prefill import PrefillReader
 from kvsight.ops.attend.ref import Coded
 from kvsight.ops.attend.tiles import FoldedTiles, fold, tileable
@@ -31,6 +32,7 @@ from kvsight.tiling import TOKENS, Rows, Tiling
 
 # the decoding kernel reads tiles for so many new tokens at a time, torch's kernels for more
 MOST_NEW = 16
+_DETACH = "generate under torch.no_grad(), or make the cache with tiles=False"
 _GROWTH = 8
 _PIECE = 64 * TOKENS
 
@@ -214,7 +216,7 @@ class Tiles:
         if many(q, fresh):
             tokens = self.known if fresh is None else fresh.tokens
             return self._prefill(scaling).attend(q, tokens, hidden=hidden, **options)
-        return self._attend_few(q, scaling, hidden, options)
+        return without_gradient(self._attend_few(q, scaling, hidden, options), q, _DETACH)
 
     def _attend_few(
         self, q: Tensor, scaling: float, hidden: Tensor | None, options: dict[str, Any]
