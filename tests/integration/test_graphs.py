@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from zoo import tokens
 
 import kvsight
+from kvsight.cache.counter import Counter
 from kvsight.errors import KVSightError
 
 LAYOUT = (("layout", "tiles"),)
@@ -240,3 +241,25 @@ def test_what_graphs_refuse(model, plan):
         masks = torch.ones(2, 71, dtype=torch.long)
         with pytest.raises((KVSightError, TorchDynamoException), match="no attention_mask"):
             run(ids[:, :1], past_key_values=cache, use_cache=True, attention_mask=masks)
+
+
+def test_a_later_layer_cannot_tell_a_graph_its_length(subject, fed, monkeypatch):
+    ids, said = tokens(2, 140), []
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend="eager")
+
+    def ask(*_):
+        said.append(fed.get_seq_length(1))
+
+    asking = subject.model.layers[1].register_forward_pre_hook(ask)
+    try:
+        with kvsight.enable(subject):
+            with pytest.raises((KVSightError, TorchDynamoException), match="only the first layer"):
+                stepper(run, fed, ids)(124)
+            # captured: what is queued counts when it is replayed, here at once
+            with monkeypatch.context() as patch:
+                patch.setattr(Counter, "recording", True)
+                for i in (124, 125):
+                    stepper(subject, fed, ids)(i)
+    finally:
+        asking.remove()
+    assert [int(length) for length in said] == [124, 125]

@@ -114,8 +114,21 @@ class Tiles:
     @property
     def reached(self) -> int:
         """As ``total``, without tokens that the first layer has in this step and this one not yet."""
-        late = self._follows and self._step != self.counter.steps
-        return self.total - (self.counter.new if late else 0)
+        return self.total - self._late
+
+    @property
+    def reached_in_graph(self) -> Tensor:
+        """As ``reached``, int64 on the device: a number would stay the same in every replay."""
+        if torch.compiler.is_compiling() and not self.leads:
+            raise KVSightError(
+                "only the first layer of a compiled step knows how many tokens there are, and this model "
+                "asks a later one. Do not compile it."
+            )
+        return self.counter.before - self._late
+
+    @property
+    def _late(self) -> int:
+        return self.counter.new if self._follows and self._step != self.counter.steps else 0
 
     @property
     def seen(self) -> Tensor:

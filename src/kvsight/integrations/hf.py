@@ -264,8 +264,8 @@ class PackedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         tiles = self.tiles
         if tiles is not None and tiles.reserved and tiles.counter.recording:
-            # a number would stay the same in every replay; callers add it to a tensor of positions
-            return tiles.counter.before  # type: ignore[return-value]
+            # callers add it to a tensor of positions
+            return tiles.reached_in_graph  # type: ignore[return-value]
         return self._reached
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -620,6 +620,8 @@ def _in_graph(
 def _behind_graph(query: Tensor, handle: TracedKV) -> tuple[PackedKV, PackedKV]:
     """Keys and values that a graph traced, where it ended before attention."""
     handle.tiles.counter.settle()
+    if handle.tiles.leads:
+        handle.reads.begin_step()
     like = query.new_empty(query.shape[0], len(handle.tiles.tiles[0]), 0, query.shape[3])
     key, value = (PackedKV(Held.in_tiles(handle.tiles, side), like, handle.reads) for side in (0, 1))
     return key, value
