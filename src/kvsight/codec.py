@@ -106,10 +106,12 @@ class Codec:
     def folded(self) -> Folded:
         """The transform as attention uses it: only coordinates that have bits."""
         inverse = self.transform.inverse_matrix
-        if inverse is None and self.format.stored < self.dim:
-            inverse = torch.eye(self.dim).unsqueeze(0)
-        if inverse is not None:
-            inverse = self.format.of_stored(inverse).contiguous()
+        # plans outlive inference mode
+        with torch.inference_mode(False):
+            if inverse is None and self.format.stored < self.dim:
+                inverse = torch.eye(self.dim).unsqueeze(0)
+            if inverse is not None:
+                inverse = self.format.of_stored(inverse).contiguous()
         return Folded(inverse, self.transform.shift)
 
     def coded(self, heads: tuple[int, ...], packed: Packed, first: int = 0) -> Coded:
@@ -118,12 +120,13 @@ class Codec:
 
     def to(self, device: torch.device | str) -> "Codec":
         """The codec with its tensors on ``device``."""
-        return replace(
-            self,
-            transform=self.transform.to(device, torch.float32),
-            quantizer=self.quantizer.to(device),
-            rope=None if self.rope is None else self.rope.to(device),
-        )
+        with torch.inference_mode(False):
+            return replace(
+                self,
+                transform=self.transform.to(device, torch.float32),
+                quantizer=self.quantizer.to(device),
+                rope=None if self.rope is None else self.rope.to(device),
+            )
 
     def of_heads(self, index: Sequence[int]) -> "Codec":
         """The codec of some of its heads, by their place among them."""

@@ -73,3 +73,16 @@ def test_dense_coordinates_are_mapped_back_in_full_precision():
     assert torch.equal(codec.decode(codec.encode(x)), wanted)
     plain = Codec("test", identity(16), DenseQuantizer(Dense(16, torch.bfloat16)))
     assert plain.decode(plain.encode(x)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["sight", "turboquant"])
+def test_what_is_made_in_inference_mode_serves_gradients(method):
+    codec = fitted(method, 3.0)
+    with torch.inference_mode():
+        moved = codec.to("cpu")
+        packed = moved.encode(torch.randn(1, 2, 8, 64))
+        tensors = [moved.folded.inverse, *moved.tensors.values()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    q = torch.randn(1, 2, 1, 64, requires_grad=True)
+    moved.folded.query(q).sum().backward()
+    assert q.grad is not None and packed.tokens == 8

@@ -97,7 +97,7 @@ class Tiles:
     @property
     def _follows(self) -> bool:
         # where some layers are in graphs, what the first layer counts is all that is known
-        return self.counter.in_graphs and not self.leads
+        return not self.leads and self.counter.in_graphs
 
     def before(self, new: int) -> int:
         """Coded tokens that ``new`` ones lie behind; the first layer may have counted these already."""
