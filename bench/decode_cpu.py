@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import kvsight
 from kvsight import assets
 from kvsight.cache import side
-from kvsight.integrations import hf
+from kvsight.integrations import enable
 from kvsight.integrations.loading import load_model
 from kvsight.text import windows
 
@@ -90,13 +90,13 @@ def _split(model, cache, token) -> dict[str, float]:
 
         return call
 
-    append, attend = side.append, hf.attend
-    side.append, hf.attend = timed("encode_ms", append), timed("attend_ms", attend)
+    append, attend = side.append, enable.attend
+    side.append, enable.attend = timed("encode_ms", append), timed("attend_ms", attend)
     try:
         with kvsight.enable(model):
             model(token, past_key_values=cache)
     finally:
-        side.append, hf.attend = append, attend
+        side.append, enable.attend = append, attend
     return spent
 
 

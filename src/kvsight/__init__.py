@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvsight.eval.quality import evaluate as evaluate
     from kvsight.fit import fit as fit
+    from kvsight.integrations.enable import enable as enable
     from kvsight.integrations.hf import PackedCache as PackedCache
-    from kvsight.integrations.hf import enable as enable
     from kvsight.methods import get as method_info
     from kvsight.methods import names as methods
     from kvsight.plan import Plan as Plan
@@ -21,7 +21,7 @@ __all__ = ["Constraints", "PackedCache", "Plan", "enable", "evaluate", "fit", "m
 _PUBLIC = {
     "Plan": ("kvsight.plan", "Plan"),
     "PackedCache": ("kvsight.integrations.hf", "PackedCache"),
-    "enable": ("kvsight.integrations.hf", "enable"),
+    "enable": ("kvsight.integrations.enable", "enable"),
     "evaluate": ("kvsight.eval.quality", "evaluate"),
     "fit": ("kvsight.fit", "fit"),
     "methods": ("kvsight.methods", "names"),

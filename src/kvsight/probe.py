@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvsight.errors import KVSightError
-from kvsight.integrations.hf import PackedCache, enable
+from kvsight.integrations.enable import enable
+from kvsight.integrations.hf import PackedCache
 from kvsight.plan import Plan
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ def asked(monkeypatch):
     for module in (cuda, encoding):
         module._kernel.cache_clear()
     monkeypatch.setattr("kvsight.cache.ahead.build_ahead", lambda sources, device: ahead.append(sources))
-    monkeypatch.setattr("kvsight.integrations.hf.reads_tiles", lambda device, dtype: True)
+    monkeypatch.setattr("kvsight.integrations.layers.reads_tiles", lambda device, dtype: True)
     for module in (cuda, encoding):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))

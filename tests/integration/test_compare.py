@@ -16,7 +16,8 @@ from kvsight.eval.arms import Contender
 from kvsight.eval.compare import Texts, compare, quality_rows
 from kvsight.eval.timing import keys_values, plan_jobs, times
 from kvsight.fit import gather_stats, make_request, plan_from_stats, prepare_from_stats
-from kvsight.integrations.hf import PackedCache, enable
+from kvsight.integrations.enable import enable
+from kvsight.integrations.hf import PackedCache
 from kvsight.probe import read
 from kvsight.records import Conditions, Records
 

@@ -8,7 +8,7 @@ from zoo import tokens
 
 import kvsight
 from interpreter import DEVICE, available
-from kvsight.integrations import hf
+from kvsight.integrations import enable
 from kvsight.ops.attend import attend
 
 MASK = torch.ones(2, 7, dtype=torch.int64)
@@ -36,7 +36,7 @@ def test_logits_through_the_kernels(method, model, plan, monkeypatch):
     made = plan("llama-1layer", method, options=options)
     expected = logits(subject, made)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(hf, "attend", partial(attend, backend="triton"))
+    monkeypatch.setattr(enable, "attend", partial(attend, backend="triton"))
     got = logits(subject, made)
     assert not torch.equal(got, expected)
     assert torch.allclose(got, expected, atol=2e-5)

@@ -8,19 +8,20 @@ import kvsight
 from kvsight.cache import side
 from kvsight.errors import KVSightError
 from kvsight.eval.selftest import codes
-from kvsight.integrations import hf
+from kvsight.integrations import layers
+from kvsight.ops.attend import Segment
 
 METHODS = ("sight", "kivi", "turboquant")
 
 
 def uncoded_reads(monkeypatch):
     """Caches whose bytes are right, and whose readers are given the numbers as they were."""
-    start = hf.PackedLayer.__init__
+    start = layers.PackedLayer.__init__
 
     def broken(layer, plan, planned, reads, raw_prefill, *rest):
         start(layer, plan, planned, reads, True, *rest)
 
-    monkeypatch.setattr(hf.PackedLayer, "__init__", broken)
+    monkeypatch.setattr(layers.PackedLayer, "__init__", broken)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -37,8 +38,8 @@ def test_a_model_that_reads_around_the_cache_is_caught(model, plan, monkeypatch)
         cache_layer_update(cache_layer, key_states, value_states)
         return key_states, value_states
 
-    cache_layer_update = hf.PackedLayer.update
-    monkeypatch.setattr(hf.PackedLayer, "update", around)
+    cache_layer_update = layers.PackedLayer.update
+    monkeypatch.setattr(layers.PackedLayer, "update", around)
     with pytest.raises(KVSightError, match="attention does not read the codes"):
         kvsight.evaluate(model("qwen3"), plan("qwen3", "sight"), batches())
 
@@ -80,7 +81,7 @@ def test_a_codec_that_gives_back_what_it_got_is_caught(model, plan, monkeypatch)
 
     def exact(state, last=None):
         found = segments(state, last)
-        return (hf.Segment(state.visible, dense=seen[id(state)]),) if id(state) in seen else found
+        return (Segment(state.visible, dense=seen[id(state)]),) if id(state) in seen else found
 
     monkeypatch.setattr(side, "append", remembered)
     monkeypatch.setattr(side, "segments", exact)

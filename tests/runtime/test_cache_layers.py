@@ -328,7 +328,7 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
         filename.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("kvsight.integrations.hf.save_file", fail)
+    monkeypatch.setattr("kvsight.integrations.saved.save_file", fail)
     feed(cache, 40, seed=1)
     with pytest.raises(OSError, match="disk full"):
         cache.save(path)

@@ -13,7 +13,8 @@ from kvsight.eval.peers import Setting, measure_stock, stock_cache, stock_jobs
 from kvsight.eval.quality import estimates, evaluate, percentile
 from kvsight.eval.reference import References
 from kvsight.eval.timing import KeysValues, keys_values, plan_jobs, times
-from kvsight.integrations.hf import PackedCache, enable
+from kvsight.integrations.enable import enable
+from kvsight.integrations.hf import PackedCache
 from kvsight.plan import Plan
 
 Content = dict[str, Any]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from kvsight.integrations.hf import PackedCache, enable
+from kvsight.integrations.enable import enable
+from kvsight.integrations.hf import PackedCache
 from kvsight.plan import Plan
 
 _PIECE = 1 << 14

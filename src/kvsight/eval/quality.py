@@ -15,7 +15,8 @@ from kvsight.errors import KVSightError
 from kvsight.eval.intervals import Estimate, mean_interval, perplexity_interval
 from kvsight.eval.selftest import check_logits, check_reads, checked_bytes
 from kvsight.fingerprint import check_model
-from kvsight.integrations.hf import PackedCache, enable
+from kvsight.integrations.enable import enable
+from kvsight.integrations.hf import PackedCache
 from kvsight.plan import Plan
 from kvsight.probe import log_rows, read
 from kvsight.trace import Progress, check_ids

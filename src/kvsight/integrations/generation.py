@@ -27,7 +27,8 @@ def complete(
 ) -> Completion:
     """Continue the prompt; without a plan the cache is transformers' own, counted at 16 bits."""
     from kvsight.fingerprint import check_model
-    from kvsight.integrations.hf import PackedCache, enable
+    from kvsight.integrations.enable import enable
+    from kvsight.integrations.hf import PackedCache
 
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False)
     ids = inputs["input_ids"]

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from kvsight.errors import KVSightError
 from kvsight.fingerprint import check_model
-from kvsight.integrations.hf import PackedCache, enable
+from kvsight.integrations.enable import enable
+from kvsight.integrations.hf import PackedCache
 from kvsight.integrations.loading import load_model, placed
 from kvsight.plan import Plan
 
