@@ -150,7 +150,11 @@ inline void __syncthreads() {
     emulator::meet(emulator::all, (int)emulator::fibers.size(), [] {});
 }
 template <class T> T __ldcg(const T *p) { return *p; }
-inline unsigned count_up(unsigned *at) { return (*at)++; }
+inline unsigned count_up(unsigned *at, unsigned last) {
+    const unsigned before = *at;
+    *at = before < last ? before + 1 : 0;
+    return before;
+}
 inline unsigned atomicOr(unsigned *p, unsigned v) {
     unsigned old = *p;
     *p |= v;

@@ -13,10 +13,10 @@ __device__ __forceinline__ float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// Counts up, and returns what was there before. What the block wrote is seen by who counts later.
-__device__ __forceinline__ unsigned count_up(unsigned *at) {
+// Counts to `last` and begins again; returns what was there before. What the block wrote is seen by who counts later.
+__device__ __forceinline__ unsigned count_up(unsigned *at, unsigned last) {
     unsigned before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(last) : "memory");
     return before;
 }
 __device__ __forceinline__ void mma_signed(int *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint2 b) {

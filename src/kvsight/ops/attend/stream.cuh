@@ -104,8 +104,8 @@ __device__ __forceinline__ float scores_of(const Arguments &a, const int (&sums)
 }
 
 // Where between two whole numbers a lane's weights are cut, for tokens g and for tokens g + 8: from 1 to 2, both ends
-// excluded. Lanes of a tile and tiles of a row have all places between them equally often, so that many weights below
-// one add up to what they are: rounded to the nearest, all would be lost beside one that is far greater.
+// excluded. Lanes of a tile and tiles of a row have all places between them about equally often, so that many weights
+// below one add up to what they are: rounded to the nearest, all would be lost beside one that is far greater.
 __device__ __forceinline__ float2 places_to_cut(int tile) {
     const uint32_t place = tile * 0x9e3779b1u + ((uint32_t)(threadIdx.x % LANES / 4) << 29);
     const float at = __uint_as_float(place >> 9 | 0x3f800001);

@@ -437,8 +437,8 @@ __device__ void attend_block(const Arguments &a, unsigned char *memory) {
         if (threadIdx.x == 0) {
             const int pieces = (a.rows + ROWS - 1) / ROWS;
             unsigned *done = a.done + (item.sequence * a.head_count + item.head) * pieces + item.row / ROWS;
-            *last = count_up(done) == (unsigned)(item.coded + exact - 1);
-            if (*last) *done = 0;
+            const unsigned others = item.coded + exact - 1;
+            *last = count_up(done, others) == others;
         }
         __syncthreads();
         if (!*last) return;
