@@ -120,7 +120,6 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "sliding_window": 24,
     "tie_word_embeddings": False,
 }
 KINDS = {
@@ -129,10 +128,11 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("window", [24, 90], ids=["rows", "tiles"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_windows_in_rows_beside_softcap_and_sink_logits_in_tiles(kind):
+def test_windows_beside_softcap_and_sink_logits(kind, window):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind])
+    config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind], sliding_window=window)
     config._attn_implementation = "eager"
     more = {"experts_implementation": "eager"} if kind == "gpt_oss" else {}
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **more).eval()
@@ -142,13 +142,14 @@ def test_windows_in_rows_beside_softcap_and_sink_logits_in_tiles(kind):
                 parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
             elif name.endswith("sinks"):
                 parameter.fill_(4.0)
-    ids = torch.randint(2, 64, (4, 140))
+    ids = torch.randint(2, 64, (4, 240))
     plan = kvsight.fit(model, [ids], **FIT)
     model, ids = model.to(DEVICE), ids[:2].to(DEVICE)
     tiled, rows = caches(plan)
-    sizes = (90, *[1] * 10, 20, *[1] * 20)
+    # tiles of the window are moved twice
+    sizes = (90, *[1] * 10, 20, *[1] * 110, 3, 7)
     alike(read(model, tiled, ids, sizes), read(model, rows, ids, sizes))
-    assert [layer.tiles is not None for layer in tiled.layers] == [False, True]
+    assert [layer.tiles is not None for layer in tiled.layers] == [window > 64, True]
 
 
 @pytest.mark.filterwarnings("ignore")

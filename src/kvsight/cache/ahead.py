@@ -16,7 +16,7 @@ from kvsight.ops.attend.unpack import unpack_source
 from kvsight.ops.builds import Source
 from kvsight.ops.encode.tiles import encode_source, image_bytes, most_tiles, suited
 from kvsight.ops.nvrtc import build_ahead
-from kvsight.plan import LayerPlan, Plan, Side, side_retention
+from kvsight.plan import LayerPlan, Plan, Side
 from kvsight.tiling import Rows, Tiling
 
 _ROWS: dict[Side, Rows] = {"k": "tokens", "v": "coordinates"}
@@ -54,7 +54,7 @@ class Ahead:
 
     @cached_property
     def _layers(self) -> list[tuple[tuple[Tiling, ...], tuple[Tiling, ...]]]:
-        return [sides for layer in self.plan.layers if (sides := _tilings(self.plan, layer))]
+        return [sides for layer in self.plan.layers if (sides := _tilings(layer))]
 
     def sources(self, k: Tensor, *, reads_codes: bool) -> list[Source]:
         """In the order in which they are wanted; ``reads_codes`` where torch's attention does it now."""
@@ -91,19 +91,18 @@ def _encode(k: Tensor, new: int, keys: tuple[Tiling, ...], values: tuple[Tiling,
     return encode_source(suited(tiles, dim, k.dtype, image_bytes(*keys, *values)), dim, k.dtype)
 
 
-def _tilings(plan: Plan, layer: LayerPlan) -> tuple[tuple[Tiling, ...], tuple[Tiling, ...]] | None:
+def _tilings(layer: LayerPlan) -> tuple[tuple[Tiling, ...], tuple[Tiling, ...]] | None:
     """Keys and values by head, as ``Tiles`` folds them; None for a layer that stays in rows.
 
     Levels are not looked at: where a layer has tiles, others of the plan do.
     """
     out: list[tuple[Tiling, ...]] = []
     for side, rows in _ROWS.items():
-        kept = side_retention(plan.retention(layer), layer.side(side))
         tilings: dict[int, Tiling] = {}
         for placement in layer.side(side):
             form = placement.codec.format
             widths = tiled_widths(form) if isinstance(form, Row) else None
-            if widths is None or kept.sliding is not None or kept.exact_last:
+            if widths is None:
                 return None
             tilings |= dict.fromkeys(placement.heads, Tiling(widths, rows))
         out.append(tuple(tilings[head] for head in sorted(tilings)))

@@ -31,8 +31,7 @@ class Reads:
         self.plan = plan
         self.packed = 0
         self.decoded = 0
-        self._mask: Tensor | None = None
-        self._padding: Tensor | None = None
+        self._paddings: dict[tuple[int, int | None], tuple[Tensor, Tensor | None]] = {}
 
     def on_decode(self) -> None:
         """Count; warn the first time."""
@@ -44,18 +43,16 @@ class Reads:
                 stacklevel=2,
             )
 
-    def padding(self, mask: Tensor) -> Tensor | None:
-        """How many first tokens of each sequence a mask hides, [B] on the CPU, if that is all it does.
-
-        Layers of one step share a mask, so it is looked at once; its owner may change it for the next.
-        """
-        if self._mask is not mask:
-            self._mask, self._padding = mask, left_padding(mask)
-        return self._padding
+    def padding(self, mask: Tensor, window: int | None = None) -> Tensor | None:
+        """As ``left_padding``. Layers of one step share a mask, so it is looked at once."""
+        key = id(mask), window
+        if key not in self._paddings:
+            self._paddings[key] = mask, left_padding(mask, window)
+        return self._paddings[key][1]
 
     def begin_step(self) -> None:
-        """Forget the last step's mask."""
-        self._mask = self._padding = None
+        """Forget the last step's masks: their owner may change them for the next."""
+        self._paddings.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Reads":
         fresh = Reads(self.plan)
@@ -64,20 +61,30 @@ class Reads:
         return fresh
 
 
-def left_padding(mask: Tensor) -> Tensor | None:
-    """[B] hidden first tokens of a causal mask [B, 1, Q, S]; None where it does anything else."""
+def left_padding(mask: Tensor, window: int | None = None) -> Tensor | None:
+    """How many first tokens of each sequence, [B] on the CPU, a causal mask [B, 1, Q, S] hides.
+
+    With a ``window`` queries see so many tokens at most. None where the mask does anything else.
+    """
     if mask.shape[1] != 1:
         return None
     queries, tokens = mask.shape[2:]
     at = torch.arange(tokens, device=mask.device)
     hidden = (~_shown(mask[:, 0, -1])).sum(-1)
+    if window is not None:
+        # what the last query does not see may have left its window
+        before = (~_shown(mask[:, 0, 0, : tokens - queries + 1])).sum(-1)
+        hidden = torch.where(hidden > tokens - window, hidden, before)
     newest = tokens - queries + torch.arange(queries, device=mask.device)
     # some queries at a time: a mask of a long prefill is large
     step = max(1, _MASK // (len(mask) * tokens))
     for start in range(0, queries, step):
         rows = slice(start, start + step)
         part = mask[:, 0, rows]
-        plain = (at >= hidden.view(-1, 1, 1)) & (at <= newest[rows].unsqueeze(-1))
+        last = newest[rows].unsqueeze(-1)
+        plain = (at >= hidden.view(-1, 1, 1)) & (at <= last)
+        if window is not None:
+            plain &= at > last - window
         fits = (_shown(part) == plain) & (plain | _hides(part))
         if not bool(fits.all()):
             return None
@@ -108,14 +115,17 @@ class Held:
 
     @classmethod
     def in_tiles(cls, tiles: Tiles, side: int, fresh: Fresh | None = None) -> "Held":
-        def segments() -> tuple[Segment, ...]:
-            before = segments_of(tiles.states(fresh)[side])
-            if fresh is None:
-                return before
-            new = (fresh.keys, fresh.values)[side]
-            return (*(segment for segment in before if segment.tokens), Segment(new.shape[2], dense=new))
+        shown = tiles.shown
 
-        return cls(tiles.first + tiles.known, segments, tiles, fresh)
+        def segments() -> tuple[Segment, ...]:
+            before = tiles.states(fresh)[side]
+            if fresh is None:
+                return segments_of(before, shown)
+            new = (fresh.keys, fresh.values)[side]
+            codes = (segment for segment in segments_of(before) if segment.tokens)
+            return (*codes, Segment(new.shape[2], dense=new))
+
+        return cls(shown, segments, tiles, fresh)
 
 
 class TracedKV:

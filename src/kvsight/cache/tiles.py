@@ -112,9 +112,24 @@ class Tiles:
         return self.first + self.tokens
 
     @property
+    def length(self) -> int:
+        """Tokens so far, those that are held no more included."""
+        return self.total
+
+    @property
+    def shown(self) -> int:
+        """How many tokens the newest queries see together, as far as is ``known``."""
+        return self.first + self.known
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a query sees at most, if the model limits it."""
+        return None
+
+    @property
     def reached(self) -> int:
-        """As ``total``, without tokens that the first layer has in this step and this one not yet."""
-        return self.total - self._late
+        """As ``length``, without tokens that the first layer has in this step and this one not yet."""
+        return self.length - self._late
 
     @property
     def reached_in_graph(self) -> Tensor:
@@ -228,7 +243,7 @@ class Tiles:
         options: dict[str, Any] = {"exact": exact, "softcap": softcap, "sink_logits": sink_logits}
         if many(q, fresh):
             tokens = self.known if fresh is None else fresh.tokens
-            return self._prefill(scaling).attend(q, tokens, hidden=hidden, **options)
+            return self._prefill(scaling).attend(q, tokens, hidden=hidden, **self._sight(), **options)
         return without_gradient(self._attend_few(q, scaling, hidden, options), q, _DETACH)
 
     def _attend_few(
@@ -241,8 +256,7 @@ class Tiles:
         step = MOST_ROWS // group
         # a graph that is recorded cannot be given another schedule
         about = self.room if self.reserved else self.known
-        # the kernel finds plain ranges itself
-        ranges = None if q.is_cuda and hidden is None else self._ranges(q, hidden)
+        ranges = self._ranges(q, hidden)
         parts: list[Tensor] = []
         for start in range(0, queries, step):
             block = (q if step >= queries else q[:, :, start : start + step]).contiguous()
@@ -312,7 +326,14 @@ class Tiles:
         none = q.new_empty(q.shape[0], len(self.tiles[0]), 0, q.shape[3])
         return Exact(key.sinks, value.sinks, none, none)
 
-    def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor:
+    def _sight(self) -> dict[str, Any]:
+        """What ``PrefillReader.attend`` must know of tokens that are held and not seen."""
+        return {}
+
+    def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor | None:
+        # the kernel finds plain ranges itself
+        if q.is_cuda and hidden is None:
+            return None
         shape = q.shape[0], q.shape[2], self.first, self.known
         if hidden is None:
             return _plain_ranges(*shape, q.device)
@@ -342,13 +363,9 @@ class Tiles:
 
 
 def fits_tiles(key: SideState, value: SideState) -> bool:
-    """Whether all codecs of a layer have tiles, and nothing but first tokens stays exact or leaves."""
-    return all(
-        state.retention.sliding is None
-        and state.retention.exact_last == 0
-        and all(tileable(coded) for coded in _coded(state))
-        for state in (key, value)
-    )
+    """Whether all codecs of a layer have tiles, and both sides keep the same tokens exact."""
+    tiled = all(tileable(coded) for state in (key, value) for coded in _coded(state))
+    return tiled and key.retention == value.retention
 
 
 def ready(key: SideState, value: SideState, new: int) -> bool:

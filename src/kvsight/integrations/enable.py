@@ -120,7 +120,7 @@ def _on_codes(
     # torch's kernels tell no gradient of the masses that merge pieces
     differentiable = query.requires_grad and torch.is_grad_enabled() and many(query, fresh)
     if tiles is not None and tiles is value.held.tiles and causal and not differentiable:
-        padding = None if mask is None else key.reads.padding(mask)
+        padding = None if mask is None else key.reads.padding(mask, tiles.window)
         if mask is None or padding is not None:
             return tiles.attend(
                 query,

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvsight.cache import side as sides
+from kvsight.cache import windows
 from kvsight.cache.ahead import Ahead
 from kvsight.cache.counter import Counter
 from kvsight.cache.monitor import Monitor
@@ -14,6 +15,7 @@ from kvsight.cache.outside import outside_graphs
 from kvsight.cache.packed import Held, PackedKV, Reads, TracedKV
 from kvsight.cache.side import SideState, check_batch
 from kvsight.cache.tiles import MOST_NEW, Fresh, Tiles, check, fits_tiles, missing, ready
+from kvsight.cache.windows import WindowedTiles, has_window
 from kvsight.errors import KVSightError
 from kvsight.ops.attend import Segment
 from kvsight.ops.attend.cuda import reads_tiles
@@ -49,7 +51,7 @@ class PackedLayer(CacheLayerMixin):
     @property
     def cumulative_length(self) -> int:
         """Tokens so far."""
-        return self._length if self.tiles is None else self.tiles.total
+        return self._length if self.tiles is None else self.tiles.length
 
     @cumulative_length.setter
     def cumulative_length(self, tokens: int) -> None:
@@ -75,6 +77,7 @@ class PackedLayer(CacheLayerMixin):
                 "Leave tiles unset for rows."
             )
         self.fits_tiles = tiled and fits_tiles(self.key_state, self.value_state)
+        self.windowed = has_window(self.key_state, self.value_state)
         self.is_initialized = True
 
     def update(
@@ -98,6 +101,11 @@ class PackedLayer(CacheLayerMixin):
             self.reads.begin_step()
         if self._to_tiles(key_states.shape[2]):
             return self._update_tiles(key_states, value_states)
+        if key_states.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise KVSightError(
+                f"layer {self.layer.index} is in rows, whose steps a CUDA graph cannot hold: a replay adds "
+                "no token. Call cache.reserve(tokens) before, or do not capture."
+            )
         self.to_rows()
         assert self.key_state is not None and self.value_state is not None
         before = self.key_state, self.value_state
@@ -120,16 +128,24 @@ class PackedLayer(CacheLayerMixin):
 
     def _to_tiles(self, new: int) -> bool:
         """Whether an update of this many tokens goes to tiles."""
-        if self.tiles is not None or not self.fits_tiles:
-            return self.fits_tiles
+        if not self.fits_tiles or (self.windowed and not self._moves_in_tiles(new)):
+            return False
+        if self.tiles is not None:
+            return True
         assert self.key_state is not None and self.value_state is not None
-        return ready(self.key_state, self.value_state, new)
+        states = self.key_state, self.value_state
+        return windows.ready(*states) if self.windowed else ready(*states, new)
+
+    def _moves_in_tiles(self, new: int) -> bool:
+        """Whether a layer whose tokens move takes so many in tiles: a few, which read codes."""
+        return new <= MOST_NEW and not (self.raw_prefill and new > 1)
 
     def to_rows(self) -> None:
         """Give tokens in tiles back to rows, which all operations but appending want."""
         if self.tiles is not None:
-            self.key_state, self.value_state = self.tiles.states()
-            self._length, self.tiles = self.tiles.total, None
+            key, value = self.tiles.states()
+            self._length, self.tiles = self.tiles.length, None
+            self.key_state, self.value_state = self._retain(key), self._retain(value)
 
     def _update_tiles(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         entered = self.tiles is None
@@ -171,6 +187,9 @@ class PackedLayer(CacheLayerMixin):
 
     def _take(self, key: SideState, value: SideState) -> Tiles:
         """Tiles of states, counted with those of other layers."""
+        if self.windowed:
+            self.key_state = self.value_state = None
+            return WindowedTiles(key, value)
         if self.device not in self.counters:
             self.counters[self.device] = Counter(self.device), self.layer.index
         counter, leader = self.counters[self.device]
@@ -195,10 +214,10 @@ class PackedLayer(CacheLayerMixin):
 
     def reservable(self) -> Tiles:
         """The layer's tiles; raises where there cannot be any by now."""
-        if self.tiles is None and self.is_initialized and self._to_tiles(0):
+        if self.tiles is None and self.is_initialized and not self.windowed and self._to_tiles(0):
             assert self.key_state is not None and self.value_state is not None
             self.tiles = self._take(self.key_state, self.value_state)
-        if self.tiles is None:
+        if self.tiles is None or self.windowed:
             raise KVSightError(
                 f"layer {self.layer.index} has no tiles to reserve room in; it has {self._length} tokens. "
                 "Tiles want a plan fitted with the option layout=tiles, a GPU or tiles=True, 64 tokens, "
@@ -318,6 +337,9 @@ class PackedSlidingLayer(PackedLayer):
 
     def _retain(self, state: SideState) -> SideState:
         return state if self.record_past else sides.hide(state, self.sliding_window - 1)
+
+    def _moves_in_tiles(self, new: int) -> bool:
+        return super()._moves_in_tiles(new) and not self.record_past
 
     def _shown(self, new: int) -> int | None:
         return self.sliding_window - 1 + new
