@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -302,10 +303,14 @@ def check(names: list[str]) -> None:
     """Only the gates, on sizes for an interpreter."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = Case(1, 53, 1, 2, 128)
+    failed = 0
     for name in names:
         found = attempt(name, lambda name=name: gate(PEERS[name](case, device), case, device))
+        failed += found is None
         if found is not None:
             print(f"{name}: error {found:.1e} against fp64", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} of {len(names)} could not be held to fp64.")
 
 
 def main() -> None:
@@ -344,6 +349,8 @@ def main() -> None:
             rate = row["true_bits"] * elements(case) / 8 / row["graph_ms"] * 1e-9
             row |= {"TB/s": rate, "share of copy": rate / copy, "baselines_ms": base, "best": best}
             row |= {"ratio": base[best] / row["ms"], "graph_ratio": base[best] / row["graph_ms"]}
+            if name in PEERS:
+                row["version"] = version(name.split()[0])
             rows.append({"name": name, **row})
             print(
                 f"{text:>9} {name:30} {row['true_bits']:.2f} bits  {row['ms']:.4f} ms  "

@@ -355,7 +355,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--device", default="cuda", help="cpu runs all of it in plain torch, to test it")
     parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.0, 2.0])
-    parser.add_argument("--cases", nargs="+", default=["8x32768"], help="batch x context")
+    parser.add_argument(
+        "--cases", nargs="+", default=None, help="batch x context; default: 8x32768, and 2x256 on a CPU"
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=1024, help="width of the model beside attention")
     parser.add_argument("--fit-tokens", type=int, default=2048)
@@ -364,6 +366,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("without a CUDA device this benchmark only runs with --device cpu.")
+    args.cases = args.cases or ["2x256" if args.device == "cpu" else "8x32768"]
     # few tokens are enough for widths and times, and say so with every fit
     logging.getLogger("kvsight").setLevel(logging.ERROR)
     begin = time.perf_counter()

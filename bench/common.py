@@ -2,9 +2,11 @@
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,9 +43,30 @@ def environment() -> dict[str, Any]:
         "kvsight": kvsight.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+        "kernels": _kernels(),
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, if there is one."""
+    if not torch.cuda.is_available():
+        return None
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.splitlines()[0].strip()
+
+
+def _kernels() -> str:
+    """A hash of the CUDA sources, which change more often than the version."""
+    sources = sorted(Path(kvsight.__file__).parent.glob("ops/**/*.cu*"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def milliseconds(run: Callable[[], object]) -> float:

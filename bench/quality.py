@@ -6,6 +6,7 @@ first token, as fit gives it by default.
 """
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def main() -> None:
     rows = []
     print("| method | true bits | KL (95 % interval) | perplexity | same top token | cache bytes |")
     print("|---|---|---|---|---|---|")
-    for spec in options.methods.split(","):
+    # widths of a method have commas of their own
+    for spec in re.split(r",(?=[a-z])", options.methods):
         head, *pairs = spec.split(":")
         method, _, rule = head.partition("@")
         settings = dict(pair.split("=") for pair in pairs)
