@@ -271,3 +271,20 @@ def test_heads_without_bits():
         held.append([handle.segments[0].decode(torch.float32) for handle in handles])
         assert (cache.layers[0].tiles is not None) == tiles
     assert all(torch.equal(a, b) for a, b in zip(*held, strict=True))
+
+
+@pytest.mark.parametrize("tiles", [None, False])
+def test_slow_rows_are_said_once(tiles, model, plan, monkeypatch):
+    monkeypatch.setattr("kvsight.integrations.layers.reads_tiles", lambda device, dtype: True)
+    monkeypatch.setattr("kvsight.integrations.layers._LONG", 20)
+    subject = model("llama")
+    cache = kvsight.PackedCache(plan("llama", "kivi", bits=8.0), tiles=tiles)
+    with kvsight.enable(subject):
+        for _ in range(20):
+            step(subject, cache, tokens(1, 1))
+        with (
+            nullcontext() if tiles is False else pytest.warns(UserWarning, match="layout.*faster than BF16")
+        ):
+            step(subject, cache, tokens(1, 1))
+        step(subject, cache, tokens(1, 1))
+        step(subject, copy.deepcopy(cache), tokens(1, 1))

@@ -21,6 +21,9 @@ from kvsight.ops.attend import Segment
 from kvsight.ops.attend.cuda import reads_tiles
 from kvsight.plan import LayerPlan, Plan
 
+# from so many tokens on, attention of one new token on rows takes longer than Python does
+_LONG = 1024
+
 
 class PackedLayer(CacheLayerMixin):
     """Full attention: every token is kept, coded by the plan."""
@@ -78,6 +81,8 @@ class PackedLayer(CacheLayerMixin):
             )
         self.fits_tiles = tiled and fits_tiles(self.key_state, self.value_state)
         self.windowed = has_window(self.key_state, self.value_state)
+        # who asks for rows knows
+        self.slow = able and self.tiled is None and not self.fits_tiles
         self.is_initialized = True
 
     def update(
@@ -106,6 +111,8 @@ class PackedLayer(CacheLayerMixin):
                 f"layer {self.layer.index} is in rows, whose steps a CUDA graph cannot hold: a replay adds "
                 "no token. Call cache.reserve(tokens) before, or do not capture."
             )
+        if self.slow and key_states.shape[2] <= MOST_NEW and self._length >= _LONG:
+            self.reads.on_rows()
         self.to_rows()
         assert self.key_state is not None and self.value_state is not None
         before = self.key_state, self.value_state
