@@ -307,7 +307,7 @@ def test_growing_scores_move_the_reference(emulated):
 
 # first tokens score so far above the others, in log2 units, that these weigh 255, all in low bytes, or
 # nearly 2^16
-@pytest.mark.parametrize(("apart", "first"), [(math.log2(2**13 / 255), 1), (-2.97, TOKENS)])
+@pytest.mark.parametrize(("apart", "first"), [(14.5 - math.log2(255), 1), (-1.47, TOKENS)])
 def test_sums_of_one_warp_over_many_tokens_do_not_overflow(emulated, apart, first):
     tokens = 36_000
     keys, values = (list(side([(8,)], tokens, 1, 16, seed)) for seed in (1, 2))
