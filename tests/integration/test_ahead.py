@@ -98,6 +98,19 @@ def test_what_is_asked_for_is_what_is_launched(asked, plan, sizes, batch, prefil
     assert sources[0] == launched[0]
 
 
+@pytest.mark.parametrize("group", [16, 17, 24, 40])
+def test_more_query_heads_than_a_launch_takes_are_foreseen(asked, plan, group):
+    ahead, launched = asked
+    fitted = plan("llama", "sight", bits=4.0, options=LAYOUT, sinks=3)
+    config = kvsight.integrations.hf.config_of(fitted)
+    config.num_attention_heads = group * HEADS
+    cache = kvsight.PackedCache(fitted, config, monitor=False)
+    for new in (80, 1):
+        step(cache, 1, new, torch.bfloat16, query_heads=group * HEADS)
+    (sources,) = ahead
+    assert set(sources) == set(launched)
+
+
 # one launch, several with a rest, tiles that begin with a few tokens
 @pytest.mark.parametrize("sizes", [(80, 3), (80, 13), (66, 5)])
 def test_steps_of_a_few_tokens_are_asked_for_when_the_first_comes(asked, plan, sizes):

@@ -80,10 +80,13 @@ class Ahead:
         if not group:
             return
         # a launch that takes the queries that are left has this kernel, or that of one token
-        rows = group * min(new, max(1, MOST_ROWS // group))
+        rows = [group * min(new, MOST_ROWS // group)]
+        if group > MOST_ROWS:
+            rows = [MOST_ROWS, *([group % MOST_ROWS] if group % MOST_ROWS else [])]
         # the launch says what does not fit
         with suppress(KVSightError):
-            yield attend_source(shape_of(keys, values, rows, dtype, softcap=bool(self.softcap)))
+            for some in rows:
+                yield attend_source(shape_of(keys, values, some, dtype, softcap=bool(self.softcap)))
 
 
 def _encode(k: Tensor, new: int, keys: tuple[Tiling, ...], values: tuple[Tiling, ...]) -> Source:
