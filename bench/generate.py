@@ -215,7 +215,7 @@ def random_tiles(folded: Tiles, case: Case, counter: Counter, leads: bool) -> Ti
     out.reading, out.writing = numbers(*out.folded), numbers(*out.encoders)
     out.counter, out.leads = counter, leads
     out._reader = {}
-    out.reserve(case.context + SPARE, more=False)
+    out.reserve(case.context + SPARE)
     out._coded = case.context
     for tiles in (t for half in out.tiles for t in half):
         tiles.random_()

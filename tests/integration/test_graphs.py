@@ -1,6 +1,7 @@
 """A decoding step that torch compiled: one graph for all steps, with the logits and bytes of eager ones."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from zoo import tokens
 
 import kvsight
+from kvsight.cache import tiles
 from kvsight.cache.counter import Counter
 from kvsight.errors import KVSightError
 
@@ -122,6 +124,7 @@ def test_some_layers_are_compiled_and_others_not(subject, fed, compiled):
             step = found if i % 4 else stepper(subject, fed, ids)
             torch.testing.assert_close(step(i), wanted(i), atol=1e-5, rtol=1e-5)
             assert {layer.cumulative_length for layer in fed.layers} == {i + 1}
+            assert {layer.get_seq_length() for layer in fed.layers} == {i + 1}
     assert fed.nbytes == kept.nbytes
 
 
@@ -263,3 +266,54 @@ def test_a_later_layer_cannot_tell_a_graph_its_length(subject, fed, monkeypatch)
     finally:
         asking.remove()
     assert [int(length) for length in said] == [124, 125]
+
+
+def test_a_failed_reserve_leaves_no_layer_behind(subject, fed, monkeypatch):
+    """Layers of unequal room would be written past the end of some, as only the first looks."""
+    first, last = (layer.tiles for layer in fed.layers)
+    ids, grow = tokens(2, 240), tiles.Tiles._grow
+
+    def limited(self, room):
+        if self is last:
+            raise torch.OutOfMemoryError("no memory")
+        grow(self, room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles.Tiles, "_grow", limited)
+        with pytest.raises(torch.OutOfMemoryError):
+            fed.reserve(640)
+    assert (first.room, last.room) == (640, 192)
+    fed.reserve(190)
+    assert {layer.tiles.reserved for layer in fed.layers} == {192}
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend="eager")
+    with kvsight.enable(subject):
+        step = stepper(run, fed, ids)
+        for i in range(124, 192 + first.first):
+            step(i)
+        with pytest.raises(RuntimeError, match="past the room"):
+            step(192 + first.first)
+
+
+def test_layers_that_left_tiles_hold_nobody_back(subject, fed):
+    """Tracing keeps what it saw until memory is tidied up."""
+    ids, gone = tokens(2, 240), [layer.tiles for layer in fed.layers]
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend="eager")
+    with kvsight.enable(subject):
+        stepper(run, fed, ids)(124)
+        fed.crop(-1)
+        for i in range(124, 230):
+            stepper(subject, fed, ids)(i)
+    assert fed.get_seq_length() == 230 and all(layer.tiles not in gone for layer in fed.layers)
+
+
+def test_a_cache_can_be_pickled(subject, fed):
+    ids = tokens(2, 140)
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend="eager")
+    with kvsight.enable(subject):
+        stepper(run, fed, ids)(124)
+        other = pickle.loads(pickle.dumps(fed))
+        for i in range(125, 130):
+            assert torch.equal(*(stepper(subject, cache, ids)(i) for cache in (fed, other)))
+        assert torch.equal(*(stepper(run, cache, ids)(130) for cache in (fed, other)))
+    held = other.layers[0].tiles.counter.others
+    assert list(held) == [other.layers[1].tiles] and not other.layers[0].tiles._reader

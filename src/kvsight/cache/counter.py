@@ -38,6 +38,13 @@ class Counter:
         out.steps, out.new = self.steps, self.new
         return out
 
+    def __getstate__(self) -> dict[str, Any]:
+        # layers join again
+        return {**self.__dict__, "others": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, others=WeakSet())
+
     @property
     def recording(self) -> bool:
         """Whether what is queued now goes into a graph."""
@@ -74,6 +81,14 @@ class Counter:
         """As ``advance``, by ``new`` tokens whenever the graph is replayed: numbers of the host stay."""
         count_tokens_op(self.seen, new, room)
         self.join()
+
+    def begin_step(self, new: int) -> None:
+        """Say that the first layer appends so many tokens, in no graph."""
+        self.steps, self.new = self.steps + 1, new
+        # otherwise layers count themselves
+        if self.in_graphs or self.recording:
+            for other in self.others:
+                other._waits = True
 
     def join(self) -> None:
         """Say that a layer appends in a graph."""

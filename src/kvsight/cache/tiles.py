@@ -18,7 +18,15 @@ from kvsight.cache.side import SideState, check_batch
 from kvsight.codec import Placement, check_finite
 from kvsight.errors import KVSightError
 from kvsight.formats import Packed, Row
-from kvsight.ops.attend.cuda import MOST_ROWS, Exact, TiledTokens, TileReader, attend_tiles, token_ranges
+from kvsight.ops.attend.cuda import (
+    MOST_ROWS,
+    Exact,
+    TiledTokens,
+    TileReader,
+    attend_tiles,
+    placed,
+    token_ranges,
+)
 from kvsight.ops.attend.gradient import without_gradient
 from kvsight.ops.attend.prefill import PrefillReader
 from kvsight.ops.attend.ref import Coded
@@ -62,8 +70,8 @@ class Tiles:
         self.first = key.sinks.shape[2]
         self.counter = Counter(key.sinks.device) if counter is None else counter
         self.leads = leads
-        # whether room was asked for, so that steps may be graphs
-        self.reserved = False
+        # coded tokens that steps in graphs may reach; none where no room was asked for
+        self.reserved = 0
         # coded tokens but those that graphs counted
         self._coded = key.coded[0].tokens - self.counter.settle()
         folded = [_folded(state, rows) for state, rows in _both(key, value)]
@@ -77,8 +85,10 @@ class Tiles:
         self._reader: dict[float, TileReader] = {}
         self._prefill_reader: dict[float, PrefillReader] = {}
         self._writer: TileWriter | None = None
-        # the first layer's step that tokens were last appended in
+        # the first layer's step that tokens were last appended in, where this was not in a graph
         self._step = self.counter.steps
+        # whether the first layer has tokens of a step without a graph that this one has not yet
+        self._waits = False
         if not leads:
             self.counter.others.add(self)
         self.counter.advance(self.total, self.first + self.room)
@@ -143,7 +153,7 @@ class Tiles:
 
     @property
     def _late(self) -> int:
-        return self.counter.new if self._follows and self._step != self.counter.steps else 0
+        return self.counter.new if self._follows and self._waits else 0
 
     @property
     def seen(self) -> Tensor:
@@ -171,15 +181,16 @@ class Tiles:
         # prepared launches hold addresses
         out = Tiles(*self.states(), copy.deepcopy(self.counter, memo), self.leads)
         if self.reserved:
-            out.reserve(self.room, more=False)
+            out.reserve(self.reserved)
         return out
 
     def append(self, k: Tensor, v: Tensor, tokens: int | None = None) -> None:
         """Code new tokens [B, H, n, d], that are ``check``ed, behind the others: ``before`` of them."""
         new = k.shape[2]
         if torch.compiler.is_compiling():
+            self._waits = False
             if self.leads:
-                self.counter.advance_in_graph(new, self.first + self.room)
+                self.counter.advance_in_graph(new, self.first + (self.reserved or self.room))
             else:
                 self.counter.join()
             encode_tiles_op(k, v, *self.tiles, *self.writing, self.seen, self.first)
@@ -187,20 +198,21 @@ class Tiles:
         if tokens is None:
             tokens = self.before(new)
         # the move to larger storage would be part of a graph, or pass by layers that are in one
-        if tokens + new > self.room and (self.counter.recording or self._leaves_some_behind()):
+        room = self.reserved or self.room
+        if tokens + new > room and (self.counter.recording or self._leaves_some_behind()):
             raise KVSightError(
-                f"a graph has room for {self.room} tokens and cannot have {tokens + new}; "
+                f"a graph has room for {room} tokens and cannot have {tokens + new}; "
                 "call cache.reserve(tokens) with more before."
             )
-        self.reserve(tokens + new)
+        self.make_room(tokens + new, more=True)
         if self.counter.recording:
             # of layers that are replayed alone, too
             self.counter.join()
         if self.leads:
-            self.counter.steps, self.counter.new = self.counter.steps + 1, new
-        self._step = self.counter.steps
+            self.counter.begin_step(new)
+        self._step, self._waits = self.counter.steps, False
         self._coded += new
-        self.counter.advance(self.first + tokens + new, self.first + self.room)
+        self.counter.advance(self.first + tokens + new, self.first + room)
         if k.is_cuda:
             if self._writer is None or self._writer.dtype != k.dtype:
                 self._writer = TileWriter.of(*self.encoders, *self.tiles, k.dtype)
@@ -213,14 +225,28 @@ class Tiles:
         late = (other._step != self.counter.steps for other in self.counter.others)
         return self.leads and self.counter.in_graphs and any(late)
 
-    def reserve(self, tokens: int, more: bool = True) -> None:
-        """Room for so many coded tokens, and for some ``more`` if there was not enough.
-
-        Without ``more`` it is meant for graphs: their launches are cut for all the room.
-        """
-        self.reserved |= not more
+    def make_room(self, tokens: int, more: bool = False) -> None:
+        """Room for so many coded tokens, and for some ``more`` if there was not enough."""
         if tokens > self.room:
             self._grow(_room(tokens) if more else -(-tokens // TOKENS))
+
+    def reserve(self, tokens: int) -> None:
+        """Room for so many coded tokens in graphs, whose launches are cut for all of it."""
+        self.make_room(tokens)
+        self.reserved = tokens
+
+    def leave(self) -> None:
+        """Be no layer of the count any more: tracing keeps what it saw for a while."""
+        self.counter.others.discard(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # prepared launches hold addresses
+        return {**self.__dict__, "_reader": {}, "_prefill_reader": {}, "_writer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self.leads:
+            self.counter.others.add(self)
 
     def attend(
         self,
@@ -337,7 +363,7 @@ class Tiles:
         shape = q.shape[0], q.shape[2], self.first, self.known
         if hidden is None:
             return _plain_ranges(*shape, q.device)
-        return token_ranges(*shape, 0, hidden=hidden.cpu()).to(q.device)
+        return placed(token_ranges(*shape, 0, hidden=hidden.cpu()), q.device)
 
     def _tokens(self) -> tuple[TiledTokens, TiledTokens]:
         sides = [TiledTokens(f, t, self.known) for f, t in zip(self.folded, self.tiles, strict=True)]
@@ -479,4 +505,4 @@ def _no_codes(like: Tensor, *shape: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _plain_ranges(batch: int, queries: int, first: int, tokens: int, device: torch.device) -> Tensor:
     # all layers of a step ask for the same
-    return token_ranges(batch, queries, first, tokens, 0).to(device)
+    return placed(token_ranges(batch, queries, first, tokens, 0), device)

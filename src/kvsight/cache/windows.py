@@ -13,7 +13,7 @@ from torch import Tensor
 from kvsight.cache.side import SideState
 from kvsight.cache.tiles import Fresh, Tiles
 from kvsight.errors import KVSightError
-from kvsight.ops.attend.cuda import Exact, token_ranges
+from kvsight.ops.attend.cuda import Exact, placed, token_ranges
 from kvsight.tiling import TOKENS
 
 
@@ -114,7 +114,7 @@ class WindowedTiles(Tiles):
         sizes = q.shape[0], q.shape[2], self.first, self.known - skip, self._behind
         if hidden is None:
             return _ranges(*sizes, skip, self.window, q.device)
-        return token_ranges(*sizes, skip=skip, hidden=hidden.cpu(), window=self.window).to(q.device)
+        return placed(token_ranges(*sizes, skip=skip, hidden=hidden.cpu(), window=self.window), q.device)
 
 
 def has_window(key: SideState, value: SideState) -> bool:
@@ -144,4 +144,4 @@ def _ranges(  # noqa: PLR0913
     device: torch.device,
 ) -> Tensor:
     # all layers of a step ask for the same
-    return token_ranges(batch, queries, first, coded, last, skip=skip, window=sliding).to(device)
+    return placed(token_ranges(batch, queries, first, coded, last, skip=skip, window=sliding), device)

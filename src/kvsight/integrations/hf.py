@@ -103,10 +103,13 @@ class PackedCache(Cache):
         if tokens < 1:
             raise KVSightError(f"room is for at least one token; got {tokens}.")
         # all layers or none
-        for layer in self._packed_layers():
-            layer.reservable()
-        for layer in self._packed_layers():
-            layer.reserve(tokens)
+        held = [layer.reservable() for layer in self._packed_layers()]
+        for tiles in held:
+            tiles.make_room(tokens)
+        # the first counts for all, and stops where any would end
+        room = min((tiles.room for tiles in held), default=0)
+        for tiles in held:
+            tiles.reserve(room)
 
     def to_rows(self) -> None:
         """Give tokens in tiles back to rows, as the ledger counts them: the last tile may be part empty."""

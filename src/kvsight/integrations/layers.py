@@ -96,7 +96,7 @@ class PackedLayer(CacheLayerMixin):
     @property
     def _in_one_graph(self) -> bool:
         """Whether a step is traced that shall be a graph: others compile in pieces, around the cache."""
-        return self.tiles is not None and self.tiles.reserved and torch.compiler.is_compiling()
+        return self.tiles is not None and self.tiles.reserved > 0 and torch.compiler.is_compiling()
 
     @outside_graphs
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +151,7 @@ class PackedLayer(CacheLayerMixin):
         """Give tokens in tiles back to rows, which all operations but appending want."""
         if self.tiles is not None:
             key, value = self.tiles.states()
+            self.tiles.leave()
             self._length, self.tiles = self.tiles.length, None
             self.key_state, self.value_state = self._retain(key), self._retain(value)
 
@@ -214,10 +215,6 @@ class PackedLayer(CacheLayerMixin):
         self.tiles.append(key_states, value_states)
         handle = TracedKV(self.tiles, self.reads)
         return handle, handle
-
-    def reserve(self, tokens: int) -> None:
-        """Room for so many tokens in all, in ``reservable`` tiles."""
-        self.reservable().reserve(tokens, more=False)
 
     def reservable(self) -> Tiles:
         """The layer's tiles; raises where there cannot be any by now."""
@@ -288,6 +285,8 @@ class PackedLayer(CacheLayerMixin):
         return sum(state.nbytes for state in (self.key_state, self.value_state) if state is not None)
 
     def reset(self) -> None:
+        if self.tiles is not None:
+            self.tiles.leave()
         self.key_state = self.value_state = self.tiles = None
         # graphs that counted are of no use any more
         self.counters.clear()

@@ -234,6 +234,11 @@ def token_ranges(  # noqa: PLR0913
     return torch.stack(bounds, dim=-1).int()
 
 
+def placed(ranges: Tensor, device: torch.device) -> Tensor:
+    """``ranges`` on a device, which is not waited for."""
+    return ranges.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ranges
+
+
 class _Size(NamedTuple):
     """What decides how a launch is set up: ``tiles`` about, ``workers`` and ``given`` as in ``call``."""
 

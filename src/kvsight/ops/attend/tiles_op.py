@@ -5,6 +5,7 @@ Eager calls skip it, and with it the dispatcher's cost.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -38,6 +39,7 @@ class Shared(Generic[_T]):
 
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], _Kept[_T]] = {}
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._found)
@@ -55,9 +57,10 @@ class Shared(Generic[_T]):
         found = self._found.get(key)
         # new tiles may lie where others did
         if found is None or not found.lives():
-            self._found = {k: kept for k, kept in self._found.items() if kept.lives()}
             held = tuple(StorageWeakRef(t.untyped_storage()) for t in tiles)
-            found = self._found[key] = _Kept(make(), tuple(maps), held)
+            found = _Kept(make(), tuple(maps), held)
+            with self._lock:
+                self._found = {k: kept for k, kept in self._found.items() if kept.lives()} | {key: found}
         return found.made
 
 
