@@ -1,37 +1,9 @@
-import ctypes
-import shutil
-import subprocess
-from functools import cache
-from pathlib import Path
-
 import pytest
 
-from kvsight.ops.builds import Source
-
-HERE = Path(__file__).parent
+from emulated import builder
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """A kernel compiled for the host: emulated(harness, sources, macros) gives launch(...)."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    directory = tmp_path_factory.mktemp("kernels")
-
-    @cache
-    def build(harness, sources, macros):
-        out = directory / f"{harness}{abs(hash((sources, macros)))}.so"
-        source = out.with_suffix(".cu")
-        source.write_text(Source(sources, "", macros).text)
-        options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f'-DKERNEL="{source}"']
-        numbers = [f"-D{name}={value}" for name, value in macros if name == "NUMBER"]
-        subprocess.run([compiler, *options, *numbers, "-o", out, HERE / harness], check=True)
-        library = ctypes.CDLL(str(out))
-
-        def launch(grid, arguments, shared_bytes):
-            library.launch(*grid, ctypes.byref(arguments), ctypes.c_long(shared_bytes))
-
-        return launch
-
-    return build
+    return builder(tmp_path_factory.mktemp("kernels"))
