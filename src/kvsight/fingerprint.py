@@ -42,6 +42,11 @@ def check_model(plan: Plan, model: Any) -> None:
         return
     made = _describe(plan.config)
     here = _describe(model.config.to_dict())
+    if made == here:
+        raise KVSightError(
+            f"the plan was made for another model: this one ({here}) has weights of other names or shapes. "
+            "Pass the model that the plan was fitted to, as it was, or fit a plan to this one."
+        )
     raise KVSightError(
         f"the plan was made for another model ({made}); this one is {here}. "
         "Fit a plan to this model: kvsight fit MODEL."

@@ -1,4 +1,4 @@
-"""Code that ``torch.compile`` leaves alone."""
+"""Code that ``torch.compile``, or ``torch.autocast``, leaves alone."""
 
 import sys
 from collections.abc import Callable
@@ -40,5 +40,18 @@ def outside_graphs(function: _F) -> _F:
         if not torch.compiler.is_compiling() and _unwatched():
             return function(*args, **kwargs)
         return kept[0](*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def outside_autocast(function: _F) -> _F:
+    """``function``, run in the precision that it chooses itself."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return function(*args, **kwargs)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from kvsight.cache.outside import outside_autocast, outside_graphs
 from kvsight.cache.side import segments as segments_of
 from kvsight.cache.tiles import Fresh, Tiles
 from kvsight.errors import KVSightError
@@ -31,7 +32,7 @@ class Reads:
         self.plan = plan
         self.packed = 0
         self.decoded = 0
-        self._warned = False
+        self._said: set[str] = set()
         self._paddings: dict[tuple[int, int | None], tuple[Tensor, Tensor | None]] = {}
 
     def on_decode(self) -> None:
@@ -45,14 +46,23 @@ class Reads:
             )
 
     def on_rows(self) -> None:
-        """Warn the first time that a GPU decodes from rows where it could from tiles."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "kvsight: attention on this plan's rows is much slower on this GPU than on BF16. Plans of "
-                "`sight` fitted with options={'layout': 'tiles'} are read faster than BF16.",
-                stacklevel=2,
-            )
+        """Say the first time that a GPU decodes from rows where it could from tiles."""
+        self._say_once(
+            "attention on this plan's rows is much slower on this GPU than on BF16. Plans of `sight` "
+            "fitted with options={'layout': 'tiles'} are read faster than BF16."
+        )
+
+    def on_weights(self) -> None:
+        """Say the first time that attention weights are asked for."""
+        self._say_once(
+            "attention on codes gives no weights, so output_attentions has none. Run the model outside of "
+            "kvsight.enable(model), with eager attention, to get them."
+        )
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f"kvsight: {what}", stacklevel=3)
 
     def padding(self, mask: Tensor, window: int | None = None) -> Tensor | None:
         """As ``left_padding``. Layers of one step share a mask, so it is looked at once."""
@@ -69,7 +79,7 @@ class Reads:
         fresh = Reads(self.plan)
         # a copy of a cache that already warned does not warn again
         fresh.packed, fresh.decoded = self.packed, self.decoded
-        fresh._warned = self._warned
+        fresh._said = set(self._said)
         return fresh
 
 
@@ -150,8 +160,8 @@ class TracedKV:
         if name.startswith("_"):
             raise AttributeError(name)
         raise KVSightError(
-            "a compiled step reads a PackedCache through kvsight.enable(model) only; the model's own "
-            f"attention asked for its {name}."
+            "a compiled step reads a PackedCache through kvsight.enable(model) only, in models that have "
+            f"the attention interface; the model's own attention asked for its {name}."
         )
 
 
@@ -180,6 +190,8 @@ class PackedKV(Tensor):
         """The tokens in order; made from tiles where they are held so."""
         return self.held.segments()
 
+    @outside_graphs
+    @outside_autocast
     def decode(self) -> Tensor:
         """The decoded tensor, contiguous."""
         if self._decoded is None:

@@ -187,6 +187,8 @@ class Tiles:
     def append(self, k: Tensor, v: Tensor, tokens: int | None = None) -> None:
         """Code new tokens [B, H, n, d], that are ``check``ed, behind the others: ``before`` of them."""
         new = k.shape[2]
+        # autocast has keys of another precision
+        v = v.to(k.dtype)
         if torch.compiler.is_compiling():
             self._waits = False
             if self.leads:
@@ -389,9 +391,10 @@ class Tiles:
 
 
 def fits_tiles(key: SideState, value: SideState) -> bool:
-    """Whether all codecs of a layer have tiles, and both sides keep the same tokens exact."""
+    """Whether all codecs of a layer have tiles, and both sides are as wide, with the same tokens exact."""
     tiled = all(tileable(coded) for state in (key, value) for coded in _coded(state))
-    return tiled and key.retention == value.retention
+    alike = key.retention == value.retention and key.tail.shape[3] == value.tail.shape[3]
+    return tiled and alike
 
 
 def ready(key: SideState, value: SideState, new: int) -> bool:

@@ -11,7 +11,7 @@ from kvsight.cache import windows
 from kvsight.cache.ahead import Ahead
 from kvsight.cache.counter import Counter
 from kvsight.cache.monitor import Monitor
-from kvsight.cache.outside import outside_graphs
+from kvsight.cache.outside import outside_autocast, outside_graphs
 from kvsight.cache.packed import Held, PackedKV, Reads, TracedKV
 from kvsight.cache.side import SideState, check_batch
 from kvsight.cache.tiles import MOST_NEW, Fresh, Tiles, check, fits_tiles, missing, ready
@@ -99,6 +99,7 @@ class PackedLayer(CacheLayerMixin):
         return self.tiles is not None and self.tiles.reserved > 0 and torch.compiler.is_compiling()
 
     @outside_graphs
+    @outside_autocast
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -295,11 +296,14 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens; a positive number is the length to keep."""
-        if tokens_to_remove > 0:
-            tokens_to_remove = min(0, tokens_to_remove - self.cumulative_length)
-        remove = min(-tokens_to_remove, self.cumulative_length)
+        remove = self._removed(tokens_to_remove)
         self._each(lambda state: sides.crop(state, remove))
         self.cumulative_length -= remove
+
+    def _removed(self, tokens_to_remove: int) -> int:
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.cumulative_length)
+        return min(-tokens_to_remove, self.cumulative_length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda state: sides.select(state, beam_idx))
@@ -366,6 +370,14 @@ class PackedSlidingLayer(PackedLayer):
             raise KVSightError(
                 "a sliding layer cannot be cropped past its window unless it records the past; "
                 "call cache.activate_past_recording() first."
+            )
+        remove = self._removed(tokens_to_remove)
+        state = self.tiles.bare[0] if self.tiles is not None else self.key_state
+        freed = 0 if state is None else state.freed
+        if freed > max(0, self.cumulative_length - remove - self.sliding_window + 1):
+            raise KVSightError(
+                f"a sliding layer holds its tokens from {freed} on, which is too few to forget the last "
+                f"{remove} of {self.cumulative_length}; its past is recorded since the last crop only."
             )
         super().crop(tokens_to_remove)
         if full:

@@ -210,6 +210,11 @@ def check(options: Mapping[str, Option], dim: int) -> None:
     choice("scales", options["scales"], ("fitted", "static"))
     choice("metric", options["metric"], METRICS)
     chunk = int(options["chunk"])
+    if options["layout"] == "tiles" and dim % chunk:
+        raise KVSightError(
+            f"sight option 'layout=tiles' takes a head_dim that is a multiple of {chunk}; got {dim}. "
+            "Leave it out."
+        )
     if chunk != 1 and (chunk < 8 or chunk % 8 or dim % chunk):
         raise KVSightError(
             f"sight option 'chunk' is 1, or a multiple of 8 that divides head_dim {dim}; got {chunk}."

@@ -125,7 +125,7 @@ def attend_tiles_op(  # noqa: PLR0913
     ranges = token_ranges(q.shape[0], q.shape[2], first, tokens, 0)
     return attend_tiles_ref(
         q, keys, values, ranges, scaling=scaling, exact=kept, softcap=softcap, sink_logits=sink_logits
-    ).contiguous()
+    )
 
 
 @attend_tiles_op.register_fake

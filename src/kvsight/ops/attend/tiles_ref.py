@@ -49,7 +49,7 @@ def attend_tiles_ref(  # noqa: PLR0913
             + weight[..., :before] @ exact.first_values.to(compute)
             + behind @ exact.last_values.to(compute)
         )
-    return out.reshape(batch, query_heads, queries, dim).transpose(1, 2).to(q.dtype)
+    return out.reshape(batch, query_heads, queries, dim).transpose(1, 2).to(q.dtype).contiguous()
 
 
 def _codes(side: TiledTokens, head: int, like: Tensor) -> Tensor:
