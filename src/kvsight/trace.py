@@ -5,6 +5,7 @@ work too); queries come from the attention interface; gradients of the model's o
 what an error costs at the output. Memory is bounded: moments and a fixed sample.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -18,7 +19,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvsight.errors import KVSightError
-from kvsight.integrations.attention import attention_override, default_scaling, implementations, original
+from kvsight.integrations.attention import (
+    AttentionFunction,
+    attention_override,
+    default_scaling,
+    original,
+)
 from kvsight.projections import Norms, projection_norms
 from kvsight.rotary import Turning, turnings
 from kvsight.stats import LayerStats, Moments, SideStats, Stats, damage_metric, expected_mass
@@ -62,25 +68,20 @@ def capture(model: PreTrainedModel, sink: QuerySink) -> Iterator[bool]:
 
     Yields False where the model has no attention interface, so that ``sink`` is never called.
     """
-    names = implementations(model)
 
-    def function(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        name = _name_for(model, names, module)
-        result = original(module, name)(module, query, key, value, mask, **kwargs)
-        sink(module, int(getattr(module, "layer_idx", -1)), query, key, result[0])
-        return result
+    def make(name: str) -> AttentionFunction:
+        def function(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            result = original(module, name)(module, query, key, value, attention_mask, **kwargs)
+            layer = getattr(module, "layer_idx", None)
+            sink(module, -1 if layer is None else int(layer), query, key, result[0])
+            return result
 
-    with attention_override(model, _NAME, function) as listens:
+        return function
+
+    with attention_override(model, _NAME, make) as listens:
         yield listens
-
-
-def _name_for(model: PreTrainedModel, names: dict[str, str], module: nn.Module) -> str:
-    for key, name in names.items():
-        if key and getattr(module, "config", None) is getattr(model.config, key):
-            return name
-    return names[""]
 
 
 @dataclass
@@ -346,6 +347,8 @@ class _Observer:
 
     def _read_gradient(self, ids: Tensor) -> None:
         """Moments of ∂ log p(y) / ∂(cached vector) for one text y drawn from the model's own p."""
+        before = {index: copy.copy(layer) for index, layer in self.layers.items()}, set(self.weighed)
+        logits: Tensor | None = None
         try:
             with _differentiable(self.model), torch.enable_grad():
                 logits = self.model(ids, **self._arguments(last_only=False)).logits
@@ -362,6 +365,8 @@ class _Observer:
         except RuntimeError as error:
             # attention kernels and quantised weights without a backward pass
             self._give_up(str(error).splitlines()[0])
+            if logits is None:
+                self._look_again(ids, *before)
             return
         gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(vectors, found, strict=True)]
         if not all(bool(torch.isfinite(g).all()) for g in gradients):
@@ -369,6 +374,13 @@ class _Observer:
             return
         for layer, key, value in zip(self.cached, gradients[::2], gradients[1::2], strict=True):
             self._add_gradient(self.layers[layer], _tokens(key), _tokens(value))
+
+    def _look_again(self, ids: Tensor, layers: dict[int, LayerTrace], weighed: set[int]) -> None:
+        """Without gradients, where the model stopped half-way with them."""
+        self.layers, self.weighed, self.cached = layers, weighed, {}
+        self.cache = SpyCache(self.model.config, self.on_cache)
+        with torch.no_grad():
+            self.model(ids, **self._arguments(last_only=True))
 
     def _add_gradient(self, seen: LayerTrace, key: Tensor, value: Tensor) -> None:
         if seen.key_gradient is None or seen.value_gradient is None:
@@ -494,7 +506,8 @@ def _differentiable(model: PreTrainedModel) -> Iterator[None]:
         parameter.requires_grad_(False)
 
     def carry(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.requires_grad_()
+        # a copy, as some models write into it
+        return output.requires_grad_().clone()
 
     hook = model.get_input_embeddings().register_forward_hook(carry)
     try:

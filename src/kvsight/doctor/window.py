@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kvsight.integrations.attention import (
+    AttentionFunction,
     attention_override,
     default_scaling,
     fused_arguments,
-    implementations,
     original,
 )
 from kvsight.ops.attend import Segment, attend
-from kvsight.trace import SpyCache, capture
+from kvsight.trace import SpyCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,20 +70,20 @@ def read(model: "PreTrainedModel", ids: Tensor) -> Reading:
 
     cache = SpyCache(model.config, on_cache)
 
-    def on_attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        owner = cache.owner(key)
-        layer = getattr(module, "layer_idx", owner)
-        if layer is not None:
-            attention[int(layer)] = _hear(module, owner, query, key, mask, kwargs)
-        return original(module, name)(module, query, key, value, mask, **kwargs)
+    def make(name: str) -> AttentionFunction:
+        def on_attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            owner = cache.owner(key)
+            layer = getattr(module, "layer_idx", owner)
+            if layer is not None:
+                attention[int(layer)] = _hear(module, owner, query, key, attention_mask, kwargs)
+            return original(module, name)(module, query, key, value, attention_mask, **kwargs)
 
-    # capture's function finds the right implementation for every part of a model; this one stands before it
-    with capture(model, _ignore):
-        name = implementations(model)[""]
-        with attention_override(model, _NAME, on_attention), torch.inference_mode():
-            model(ids.to(model.device), past_key_values=cache, use_cache=True, **_last_logits(model))
+        return on_attention
+
+    with attention_override(model, _NAME, make), torch.inference_mode():
+        model(ids.to(model.device), past_key_values=cache, use_cache=True, **_last_logits(model))
     kinds = tuple(type(layer).__name__ for layer in cache.layers)
     return Reading(attention, lengths, kinds, ids.shape[1])
 
@@ -170,7 +170,3 @@ def first_lengths(x: Tensor) -> tuple[float, ...]:
 def _last_logits(model: "PreTrainedModel") -> dict[str, int]:
     """Models that can leave out all logits but the last are asked to."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
-def _ignore(module: nn.Module, layer: int, query: Tensor, key: Tensor, out: Tensor) -> None:
-    """What ``capture`` tells is heard before it."""

@@ -22,26 +22,33 @@ _active: set[str] = set()
 
 @contextmanager
 def attention_override(
-    model: PreTrainedModel, name: str, function: AttentionFunction, mask_like: str | None = None
+    model: PreTrainedModel,
+    name: str,
+    make: Callable[[str], AttentionFunction],
+    like: Callable[[str], str] = str,
 ) -> Iterator[bool]:
-    """Run ``model`` with ``function`` as its attention; yields whether the model listens to it.
+    """Run ``model`` with functions of ours as its attention; yields whether the model listens to them.
 
-    The mask is built as for ``mask_like`` (default: the current implementation); without a registered
-    mask, padding and causality would vanish silently. On exit the old implementation is back.
+    Parts of a model may have implementations of their own. ``make(stock)`` is what stands for one that is
+    ``stock``, after ``like``. Masks are built as for that: without a registered mask, padding and causality
+    would vanish silently. On exit the old implementations are back.
     """
     before = implementations(model)
-    mask_name = before[""] if mask_like is None else mask_like
-    mask = _graphable(ALL_MASK_ATTENTION_FUNCTIONS.get(mask_name, sdpa_mask))
-    name = next(free for i in count(1) if (free := f"{name}_{i}") not in _active)
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, mask)
-    _active.add(name)
+    names: dict[str, str] = {}
+    for now in before.values():
+        if now not in names:
+            names[now] = next(free for i in count(1) if (free := f"{name}_{i}") not in _active)
+            _active.add(names[now])
+            stock = like(now)
+            AttentionInterface.register(names[now], make(stock))
+            mask = _graphable(ALL_MASK_ATTENTION_FUNCTIONS.get(stock, sdpa_mask))
+            AttentionMaskInterface.register(names[now], mask)
     try:
         if _listens(model):
-            model.set_attn_implementation(name)
-        yield model.config._attn_implementation == name
+            model.set_attn_implementation({key: names[now] for key, now in before.items()})
+        yield model.config._attn_implementation == names[before[""]]
     finally:
-        _active.remove(name)
+        _active.difference_update(names.values())
         if _listens(model):
             model.set_attn_implementation(before)
 
@@ -82,8 +89,10 @@ def implementations(model: PreTrainedModel) -> dict[str, str]:
     names = {"": str(model.config._attn_implementation)}
     for key in model.config.sub_configs:
         sub = getattr(model.config, key, None)
-        if sub is not None:
-            names[key] = str(sub._attn_implementation)
+        now = getattr(sub, "_attn_implementation", None)
+        # some have none, and take none
+        if now is not None:
+            names[key] = str(now)
     return names
 
 
