@@ -317,3 +317,20 @@ def test_a_cache_can_be_pickled(subject, fed):
         assert torch.equal(*(stepper(run, cache, ids)(130) for cache in (fed, other)))
     held = other.layers[0].tiles.counter.others
     assert list(held) == [other.layers[1].tiles] and not other.layers[0].tiles._reader
+
+
+def test_graphs_go_on_where_other_steps_made_room(subject, fed):
+    ids, kept = tokens(2, 340), copy.deepcopy(fed)
+    run = torch.compile(subject, fullgraph=True, dynamic=False, backend="eager")
+    fed.layers[0].tiles.make_room(400)
+    with kvsight.enable(subject):
+        found, wanted = stepper(run, fed, ids), stepper(subject, kept, ids)
+        for i in (124, 125):
+            assert torch.equal(found(i), wanted(i))
+        for cache in (fed, kept):
+            with torch.no_grad():
+                subject(ids[:, 126:216], past_key_values=cache, use_cache=True)
+        room = {layer.tiles.reserved for layer in fed.layers}
+        assert len(room) == 1 and 216 < min(room) < 330
+        for i in range(216, min(room) + fed.layers[0].tiles.first):
+            torch.testing.assert_close(found(i), wanted(i), atol=1e-5, rtol=1e-5)

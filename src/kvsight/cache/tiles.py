@@ -206,7 +206,7 @@ class Tiles:
                 f"a graph has room for {room} tokens and cannot have {tokens + new}; "
                 "call cache.reserve(tokens) with more before."
             )
-        self.make_room(tokens + new, more=True)
+        self._make_room_for(tokens + new)
         if self.counter.recording:
             # of layers that are replayed alone, too
             self.counter.join()
@@ -214,7 +214,7 @@ class Tiles:
             self.counter.begin_step(new)
         self._step, self._waits = self.counter.steps, False
         self._coded += new
-        self.counter.advance(self.first + tokens + new, self.first + room)
+        self.counter.advance(self.first + tokens + new, self.first + (self.reserved or self.room))
         if k.is_cuda:
             if self._writer is None or self._writer.dtype != k.dtype:
                 self._writer = TileWriter.of(*self.encoders, *self.tiles, k.dtype)
@@ -227,10 +227,17 @@ class Tiles:
         late = (other._step != self.counter.steps for other in self.counter.others)
         return self.leads and self.counter.in_graphs and any(late)
 
-    def make_room(self, tokens: int, more: bool = False) -> None:
-        """Room for so many coded tokens, and for some ``more`` if there was not enough."""
+    def make_room(self, tokens: int) -> None:
+        """Room for so many coded tokens."""
         if tokens > self.room:
-            self._grow(_room(tokens) if more else -(-tokens // TOKENS))
+            self._grow(-(-tokens // TOKENS))
+
+    def _make_room_for(self, tokens: int) -> None:
+        """Room for so many, and some more if there was not enough; as much in all layers with graphs."""
+        if tokens > (self.reserved or self.room):
+            most = TOKENS * _room(tokens)
+            self.make_room(most)
+            self.reserved = most if self.reserved else 0
 
     def reserve(self, tokens: int) -> None:
         """Room for so many coded tokens in graphs, whose launches are cut for all of it."""
