@@ -378,6 +378,9 @@ class _Observer:
     def _look_again(self, ids: Tensor, layers: dict[int, LayerTrace], weighed: set[int]) -> None:
         """Without gradients, where the model stopped half-way with them."""
         self.layers, self.weighed, self.cached = layers, weighed, {}
+        for handle in (handle for handles in self.hooks.values() for handle in handles):
+            handle.remove()
+        self.hooks = {}
         self.cache = SpyCache(self.model.config, self.on_cache)
         with torch.no_grad():
             self.model(ids, **self._arguments(last_only=True))

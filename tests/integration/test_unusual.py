@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from zoo import batches, build, tokens
 
 import kvsight
@@ -111,30 +117,36 @@ def test_models_that_stop_half_way_with_gradients_are_observed_without(model):
         if torch.is_grad_enabled() and inputs[0].requires_grad:
             raise RuntimeError("no gradients here")
 
-    plain = observe(subject, batches(), gradient_tokens=0)
+    plain = observe(subject, batches()[:1], gradient_tokens=0)
     hook = subject.model.layers[1].post_attention_layernorm.register_forward_pre_hook(refuse)
     try:
-        found = observe(subject, batches())
+        found = observe(subject, batches()[:1], gradient_tokens=10**6)
     finally:
         hook.remove()
     assert found.tokens == plain.tokens and list(found.layers) == list(plain.layers)
     for layer, other in zip(found.layers.values(), plain.layers.values(), strict=True):
         assert layer.key.count == other.key.count
         torch.testing.assert_close(layer.key.second, other.key.second)
+        torch.testing.assert_close(layer.output_metric, other.output_metric)
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 
-def test_parts_of_a_model_keep_implementations_of_their_own():
+def paligemma():
+    """Its text attends eagerly, the rest as torch does."""
     text = {"model_type": "gemma2", **SIZES, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96}
     vision = {"model_type": "siglip_vision_model", **SIZES, "image_size": 28, "patch_size": 14}
-    config = PaliGemmaConfig(
-        text_config=text, vision_config=vision, projection_dim=64, image_token_index=90
-    )
+    parts = {"text_config": text, "vision_config": vision}
+    config = PaliGemmaConfig(**parts, projection_dim=64, image_token_index=90)
     torch.manual_seed(0)
-    subject = PaliGemmaForConditionalGeneration._from_config(config).eval()
-    subject.set_attn_implementation({"": "sdpa", "vision_config": "sdpa", "text_config": "eager"})
+    out = PaliGemmaForConditionalGeneration._from_config(config).eval()
+    out.set_attn_implementation({"": "sdpa", "vision_config": "sdpa", "text_config": "eager"})
+    return out
+
+
+def test_parts_of_a_model_keep_implementations_of_their_own():
+    subject = paligemma()
     ids = torch.randint(2, 90, (2, 40))
     with torch.no_grad():
         wanted = subject(ids).logits
@@ -163,3 +175,26 @@ def test_another_part_of_the_model_is_named(model, plan):
         pytest.raises(KVSightError, match="weights of other names or shapes"),
     ):
         subject.model(tokens(1, 8), past_key_values=kvsight.PackedCache(plan("llama")), use_cache=True)
+
+
+def test_parts_of_parts_keep_theirs_too():
+    class Around(PreTrainedConfig):
+        sub_configs = {"inner": PaliGemmaConfig}  # noqa: RUF012
+
+    class Whole(PreTrainedModel):
+        config_class = Around
+
+        def __init__(self, config, inner):
+            super().__init__(config)
+            self.inner = inner
+
+    around, subject = Around(), paligemma()
+    around.inner = config = subject.config
+    whole = Whole(around, subject)
+    places = around, config, config.vision_config, config.text_config
+    for part, name in zip(places, ("sdpa", "sdpa", "sdpa", "eager"), strict=True):
+        part._attn_implementation_internal = name
+    with capture(whole, lambda *_: None):
+        inside = [part._attn_implementation for part in places]
+        assert len(set(inside[:3])) == 1 and inside[3] not in (inside[0], "eager")
+    assert [part._attn_implementation for part in places] == ["sdpa", "sdpa", "sdpa", "eager"]

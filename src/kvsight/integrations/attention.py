@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,9 +33,9 @@ def attention_override(
     ``stock``, after ``like``. Masks are built as for that: without a registered mask, padding and causality
     would vanish silently. On exit the old implementations are back.
     """
-    before = implementations(model)
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     names: dict[str, str] = {}
-    for now in before.values():
+    for _, now in before:
         if now not in names:
             names[now] = next(free for i in count(1) if (free := f"{name}_{i}") not in _active)
             _active.add(names[now])
@@ -45,12 +45,28 @@ def attention_override(
             AttentionMaskInterface.register(names[now], mask)
     try:
         if _listens(model):
-            model.set_attn_implementation({key: names[now] for key, now in before.items()})
-        yield model.config._attn_implementation == names[before[""]]
+            model.set_attn_implementation({key: names[now] for key, now in implementations(model).items()})
+            for config, now in before:
+                # parts of parts get what their parent gets
+                if config._attn_implementation in names.values():
+                    config._attn_implementation_internal = names[now]
+        yield model.config._attn_implementation in names.values()
     finally:
+        for config, now in before:
+            config._attn_implementation_internal = now
         _active.difference_update(names.values())
-        if _listens(model):
-            model.set_attn_implementation(before)
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Of a model and all of its parts, those that have an attention implementation."""
+    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    found: dict[int, PreTrainedConfig] = {}
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found and isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+            waiting += [getattr(config, key, None) for key in config.sub_configs]
+    return [config for config in found.values() if config._attn_implementation is not None]
 
 
 def _graphable(build: Callable[..., Any]) -> Callable[..., Any]:
