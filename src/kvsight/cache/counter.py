@@ -82,14 +82,6 @@ class Counter:
         count_tokens_op(self.seen, new, room)
         self.join()
 
-    def begin_step(self, new: int) -> None:
-        """Say that the first layer appends so many tokens, in no graph."""
-        self.steps, self.new = self.steps + 1, new
-        # otherwise layers count themselves
-        if self.in_graphs or self.recording:
-            for other in self.others:
-                other._waits = True
-
     def join(self) -> None:
         """Say that a layer appends in a graph."""
         self.in_graphs = True

@@ -58,6 +58,9 @@ class Fresh:
 class Tiles:
     """Both sides of one layer. Appending writes in place; ``nbytes`` counts tiles that hold tokens."""
 
+    # whether queries see all tokens up to their own, of which all but the first are coded
+    plain = True
+
     def __init__(
         self, key: SideState, value: SideState, counter: Counter | None = None, leads: bool = True
     ) -> None:
@@ -128,7 +131,7 @@ class Tiles:
 
     @property
     def shown(self) -> int:
-        """How many tokens the newest queries see together, as far as is ``known``."""
+        """How many of the last tokens the newest queries see together, as far as is ``known``."""
         return self.first + self.known
 
     @property
@@ -192,7 +195,7 @@ class Tiles:
         if torch.compiler.is_compiling():
             self._waits = False
             if self.leads:
-                self.counter.advance_in_graph(new, self.first + (self.reserved or self.room))
+                self.counter.advance_in_graph(new, self.first + self._limit)
             else:
                 self.counter.join()
             encode_tiles_op(k, v, *self.tiles, *self.writing, self.seen, self.first)
@@ -200,10 +203,9 @@ class Tiles:
         if tokens is None:
             tokens = self.before(new)
         # the move to larger storage would be part of a graph, or pass by layers that are in one
-        room = self.reserved or self.room
-        if tokens + new > room and (self.counter.recording or self._leaves_some_behind()):
+        if tokens + new > self._limit and (self.counter.recording or self._leaves_some_behind()):
             raise KVSightError(
-                f"a graph has room for {room} tokens and cannot have {tokens + new}; "
+                f"a graph has room for {self._limit} tokens and cannot have {tokens + new}; "
                 "call cache.reserve(tokens) with more before."
             )
         self._make_room_for(tokens + new)
@@ -211,16 +213,23 @@ class Tiles:
             # of layers that are replayed alone, too
             self.counter.join()
         if self.leads:
-            self.counter.begin_step(new)
+            self._begin_step(new)
         self._step, self._waits = self.counter.steps, False
         self._coded += new
-        self.counter.advance(self.first + tokens + new, self.first + (self.reserved or self.room))
+        self.counter.advance(self.first + tokens + new, self.first + self._limit)
         if k.is_cuda:
             if self._writer is None or self._writer.dtype != k.dtype:
                 self._writer = TileWriter.of(*self.encoders, *self.tiles, k.dtype)
             self._writer.write(k, v, self.seen, self.first)
         else:
             write_tiles_ref(self.encoders, self.tiles, k, v, tokens)
+
+    def _begin_step(self, new: int) -> None:
+        self.counter.steps, self.counter.new = self.counter.steps + 1, new
+        # otherwise layers count themselves
+        if self.counter.in_graphs or self.counter.recording:
+            for other in self.counter.others:
+                other._waits = True
 
     def _leaves_some_behind(self) -> bool:
         """Whether some layers are in graphs while this one, the first, is not."""
@@ -232,9 +241,14 @@ class Tiles:
         if tokens > self.room:
             self._grow(-(-tokens // TOKENS))
 
+    @property
+    def _limit(self) -> int:
+        """How many coded tokens there may be before anything moves."""
+        return self.reserved or self.room
+
     def _make_room_for(self, tokens: int) -> None:
         """Room for so many, and some more if there was not enough; as much in all layers with graphs."""
-        if tokens > (self.reserved or self.room):
+        if tokens > self._limit:
             most = TOKENS * _room(tokens)
             self.make_room(most)
             self.reserved = most if self.reserved else 0
@@ -278,7 +292,9 @@ class Tiles:
         options: dict[str, Any] = {"exact": exact, "softcap": softcap, "sink_logits": sink_logits}
         if many(q, fresh):
             tokens = self.known if fresh is None else fresh.tokens
-            return self._prefill(scaling).attend(q, tokens, hidden=hidden, **self._sight(), **options)
+            return self._prefill(scaling).attend(
+                q, tokens, hidden=hidden, skip=self._skip, window=self.window, **options
+            )
         return without_gradient(self._attend_few(q, scaling, hidden, options), q, _DETACH)
 
     def _attend_few(
@@ -356,23 +372,29 @@ class Tiles:
         if fresh is not None:
             first = slice(0, fresh.first)
             return Exact(key.sinks[:, :, first], value.sinks[:, :, first], fresh.keys, fresh.values)
-        if not self.first:
+        if not self.first + self._behind:
             return None
-        none = q.new_empty(q.shape[0], len(self.tiles[0]), 0, q.shape[3])
-        return Exact(key.sinks, value.sinks, none, none)
+        return Exact(key.sinks, value.sinks, key.tail, value.tail)
 
-    def _sight(self) -> dict[str, Any]:
-        """What ``PrefillReader.attend`` must know of tokens that are held and not seen."""
-        return {}
+    @property
+    def _behind(self) -> int:
+        """Exact last tokens."""
+        return int(self.bare[0].tail.shape[2])
+
+    @property
+    def _skip(self) -> int:
+        """Coded tokens before the first that is seen."""
+        return self.first + self.known + self._behind - self.shown
 
     def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor | None:
         # the kernel finds plain ranges itself
-        if q.is_cuda and hidden is None:
+        if q.is_cuda and hidden is None and self.plain:
             return None
-        shape = q.shape[0], q.shape[2], self.first, self.known
+        skip = self._skip
+        sizes = q.shape[0], q.shape[2], self.first, self.known - skip, self._behind
         if hidden is None:
-            return _plain_ranges(*shape, q.device)
-        return placed(token_ranges(*shape, 0, hidden=hidden.cpu()), q.device)
+            return _ranges(*sizes, skip, self.window, q.device)
+        return placed(token_ranges(*sizes, skip=skip, hidden=hidden.cpu(), window=self.window), q.device)
 
     def _tokens(self) -> tuple[TiledTokens, TiledTokens]:
         sides = [TiledTokens(f, t, self.known) for f, t in zip(self.folded, self.tiles, strict=True)]
@@ -405,11 +427,11 @@ def fits_tiles(key: SideState, value: SideState) -> bool:
 
 
 def ready(key: SideState, value: SideState, new: int) -> bool:
-    """Whether states that fit tiles will hold enough with ``new`` more tokens to be taken over."""
+    """Whether states that fit tiles will hold enough with ``new`` more coded tokens to be taken over."""
     return all(
         state.coded[0].tokens + new - missing(state) >= TOKENS
         and state.skip == 0
-        and state.tail.shape[2] == 0
+        and state.tail.shape[2] <= state.retention.exact_last
         for state in (key, value)
     )
 
@@ -513,6 +535,15 @@ def _no_codes(like: Tensor, *shape: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _plain_ranges(batch: int, queries: int, first: int, tokens: int, device: torch.device) -> Tensor:
+def _ranges(  # noqa: PLR0913
+    batch: int,
+    queries: int,
+    first: int,
+    coded: int,
+    last: int,
+    skip: int,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
     # all layers of a step ask for the same
-    return placed(token_ranges(batch, queries, first, tokens, 0), device)
+    return placed(token_ranges(batch, queries, first, coded, last, skip=skip, window=window), device)

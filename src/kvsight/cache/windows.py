@@ -4,16 +4,13 @@ Tokens move in such a layer: out of sight, or from exact to coded. So no graph c
 """
 
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvsight.cache.side import SideState
-from kvsight.cache.tiles import Fresh, Tiles
+from kvsight.cache.tiles import Tiles
 from kvsight.errors import KVSightError
-from kvsight.ops.attend.cuda import Exact, placed, token_ranges
 from kvsight.tiling import TOKENS
 
 
@@ -22,6 +19,8 @@ class WindowedTiles(Tiles):
 
     ``bare`` holds the exact last tokens, and knows how many tokens were freed.
     """
+
+    plain = False
 
     def __init__(self, key: SideState, value: SideState) -> None:
         """Take over two states of one retention that fit tiles, and have coded tokens."""
@@ -41,11 +40,6 @@ class WindowedTiles(Tiles):
         held = self.total + self._behind
         return held if self.window is None else min(held, self.window - 1 + self._new)
 
-    @property
-    def _behind(self) -> int:
-        """Exact last tokens."""
-        return int(self.bare[0].tail.shape[2])
-
     def append(self, k: Tensor, v: Tensor, tokens: int | None = None) -> None:
         """As ``Tiles.append``; tokens that are no longer among the last are coded."""
         if self.counter.recording:
@@ -54,25 +48,23 @@ class WindowedTiles(Tiles):
                 "do not compile or capture this model."
             )
         self._new = k.shape[2]
+        last = self.bare[0].retention.exact_last
+        leave = max(0, self._behind + k.shape[2] - last)
+        if self.tokens + leave > self.room:
+            self._forget()
         key, value = self.bare
-        last = key.retention.exact_last
         if last:
             # codes must not depend on how long a token waited
             pools = [
                 torch.cat([state.tail, x.detach().to(state.dense_dtype)], dim=2)
                 for state, x in zip((key, value), (k, v), strict=True)
             ]
-            leave = max(0, pools[0].shape[2] - last)
             k, v = (pool[:, :, :leave].to(k.dtype) for pool in pools)
             key, value = (
                 replace(state, tail=pool[:, :, leave:].clone())
                 for state, pool in zip((key, value), pools, strict=True)
             )
-        if k.shape[2]:
-            if self.tokens + k.shape[2] > self.room:
-                self._forget()
-                freed = self.bare[0].freed
-                key, value = replace(key, freed=freed), replace(value, freed=freed)
+        if leave:
             super().append(k, v)
         self.bare = key, value
 
@@ -91,57 +83,11 @@ class WindowedTiles(Tiles):
             self._coded -= drop * TOKENS
             self.counter.advance(self.first + self._coded, self.room)
 
-    def _exact(self, q: Tensor, fresh: Fresh | None) -> Exact | None:
-        assert fresh is None
-        key, value = self.bare
-        if not self.first + self._behind:
-            return None
-        return Exact(key.sinks, value.sinks, key.tail, value.tail)
-
-    def _sight(self) -> dict[str, Any]:
-        return {"skip": self._skip, "window": self.window}
-
     @property
     def window(self) -> int | None:
         return self.bare[0].retention.sliding
-
-    @property
-    def _skip(self) -> int:
-        return self.total + self._behind - self.shown
-
-    def _ranges(self, q: Tensor, hidden: Tensor | None) -> Tensor:
-        skip = self._skip
-        sizes = q.shape[0], q.shape[2], self.first, self.known - skip, self._behind
-        if hidden is None:
-            return _ranges(*sizes, skip, self.window, q.device)
-        return placed(token_ranges(*sizes, skip=skip, hidden=hidden.cpu(), window=self.window), q.device)
 
 
 def has_window(key: SideState, value: SideState) -> bool:
     """Whether tokens of a layer move."""
     return any(s.retention.sliding is not None or s.retention.exact_last for s in (key, value))
-
-
-def ready(key: SideState, value: SideState) -> bool:
-    """Whether a layer has coded tokens enough to be taken over, and all of its exact first ones."""
-    return all(
-        state.coded[0].tokens >= TOKENS
-        and state.skip == 0
-        and state.sinks.shape[2] == state.retention.exact_first
-        for state in (key, value)
-    )
-
-
-@lru_cache(maxsize=16)
-def _ranges(  # noqa: PLR0913
-    batch: int,
-    queries: int,
-    first: int,
-    coded: int,
-    last: int,
-    skip: int,
-    sliding: int | None,
-    device: torch.device,
-) -> Tensor:
-    # all layers of a step ask for the same
-    return placed(token_ranges(batch, queries, first, coded, last, skip=skip, window=sliding), device)

@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvsight.cache import side as sides
-from kvsight.cache import windows
 from kvsight.cache.ahead import Ahead
 from kvsight.cache.counter import Counter
 from kvsight.cache.monitor import Monitor
@@ -141,8 +140,8 @@ class PackedLayer(CacheLayerMixin):
         if self.tiles is not None:
             return True
         assert self.key_state is not None and self.value_state is not None
-        states = self.key_state, self.value_state
-        return windows.ready(*states) if self.windowed else ready(*states, new)
+        # where tokens move, new ones may stay exact
+        return ready(self.key_state, self.value_state, 0 if self.windowed else new)
 
     def _moves_in_tiles(self, new: int) -> bool:
         """Whether a layer whose tokens move takes so many in tiles: a few, which read codes."""
@@ -196,13 +195,12 @@ class PackedLayer(CacheLayerMixin):
 
     def _take(self, key: SideState, value: SideState) -> Tiles:
         """Tiles of states, counted with those of other layers."""
+        self.key_state = self.value_state = None
         if self.windowed:
-            self.key_state = self.value_state = None
             return WindowedTiles(key, value)
         if self.device not in self.counters:
             self.counters[self.device] = Counter(self.device), self.layer.index
         counter, leader = self.counters[self.device]
-        self.key_state = self.value_state = None
         return Tiles(key, value, counter, leader == self.layer.index)
 
     def _update_in_graph(self, key_states: Tensor, value_states: Tensor) -> tuple[TracedKV, TracedKV]:
