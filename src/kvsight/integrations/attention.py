@@ -36,7 +36,7 @@ def attention_override(
     before = [(config, config._attn_implementation) for config in _configs(model)]
     names: dict[str, str] = {}
     for _, now in before:
-        if now not in names:
+        if now is not None and now not in names:
             names[now] = next(free for i in count(1) if (free := f"{name}_{i}") not in _active)
             _active.add(names[now])
             stock = like(now)
@@ -49,7 +49,7 @@ def attention_override(
             for config, now in before:
                 # parts of parts get what their parent gets
                 if config._attn_implementation in names.values():
-                    config._attn_implementation_internal = names[now]
+                    config._attn_implementation_internal = names.get(now)
         yield model.config._attn_implementation in names.values()
     finally:
         for config, now in before:
@@ -58,7 +58,7 @@ def attention_override(
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Of a model and all of its parts, those that have an attention implementation."""
+    """Of a model, of its parts, and of theirs."""
     waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     found: dict[int, PreTrainedConfig] = {}
     while waiting:
@@ -66,7 +66,7 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
         if id(config) not in found and isinstance(config, PreTrainedConfig):
             found[id(config)] = config
             waiting += [getattr(config, key, None) for key in config.sub_configs]
-    return [config for config in found.values() if config._attn_implementation is not None]
+    return list(found.values())
 
 
 def _graphable(build: Callable[..., Any]) -> Callable[..., Any]:
