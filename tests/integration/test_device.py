@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import zoo
 from pretended import pretended
 from zoo import build, tokens
 
@@ -30,17 +31,8 @@ def device(monkeypatch, kernels):
 
 
 def read(subject, cache, ids, sizes=SIZES, mask=None):
-    parts, at = [], 0
-    with torch.no_grad(), kvsight.enable(subject):
-        for size in sizes:
-            more = {}
-            if mask is not None:
-                places = (mask.cumsum(1) - 1).clamp_min(0)
-                more = {"attention_mask": mask[:, : at + size], "position_ids": places[:, at : at + size]}
-            out = subject(ids[:, at : at + size], past_key_values=cache, use_cache=True, **more).logits
-            parts.append(getattr(out, "here", out).float())
-            at += size
-    return torch.cat(parts, dim=1)
+    out = zoo.read(subject, cache, ids, sizes, mask=mask)
+    return getattr(out, "here", out).float()
 
 
 def near(found, wanted, most=2e-3):

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from transformers import LlamaConfig
-from zoo import tokens
+from zoo import near, tokens
 
 import kvsight
 from kvsight.cache.packed import left_padding
@@ -31,11 +31,6 @@ def step(subject, cache, ids, mask=None):
         more["position_ids"] = at[:, cache.get_seq_length() :][:, : ids.shape[1]]
     with torch.no_grad():
         return subject(ids, past_key_values=cache, use_cache=True, **more).logits
-
-
-def near(a, b):
-    # encoders round differently, so once in a while a code differs
-    return float((a - b).abs().median()) < 1e-4
 
 
 MIXED, LATE, WHOLE = (70, 1, 1, 5, 16, 40, 1, 3, 32, 1), (2, 41, 1, 50, 1, 3, 60, 12), (170,)

@@ -9,7 +9,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from zoo import batches, build, tokens
+from zoo import batches, build, near, tokens
 
 import kvsight
 from kvsight.errors import KVSightError
@@ -28,10 +28,6 @@ def logits(subject, cache, *pieces, mask=None):
             out.append(subject(ids, past_key_values=cache, use_cache=True, position_ids=at, **more).logits)
             seen += ids.shape[1]
     return torch.cat(out, dim=1)
-
-
-def near(a, b):
-    return float((a - b).abs().median()) < 1e-4
 
 
 @pytest.mark.parametrize("new", [3, 17])

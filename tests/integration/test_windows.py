@@ -5,7 +5,7 @@ from functools import cache as once
 
 import pytest
 import torch
-from zoo import build, tokens
+from zoo import build, near, read, tokens
 
 import kvsight
 from kvsight.cache.packed import left_padding
@@ -35,28 +35,6 @@ def caches(kind, plan, **options):
         kvsight.PackedCache(made, subject.config, tiles=tiles, monitor=False, **options)
         for tiles in (False, True)
     ]
-
-
-def read(subject, cache, ids, sizes, start=0, mask=None):
-    parts = []
-    with torch.no_grad(), kvsight.enable(subject):
-        for size in sizes:
-            more = {}
-            if mask is not None:
-                at = (mask.cumsum(1) - 1).clamp_min(0)
-                more = {
-                    "attention_mask": mask[:, : start + size],
-                    "position_ids": at[:, start : start + size],
-                }
-            piece = ids[:, start : start + size]
-            parts.append(subject(piece, past_key_values=cache, use_cache=True, **more).logits)
-            start += size
-    return torch.cat(parts, dim=1)
-
-
-def near(a, b):
-    # encoders round differently, so once in a while a code differs
-    return float((a - b).abs().median()) < 1e-4
 
 
 def windowed(cache):

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import kvsight
+
 VOCAB = 64
 _SMALL = {
     "vocab_size": VOCAB,
@@ -211,3 +213,27 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 def batches(count: int = 3) -> list[torch.Tensor]:
     """Calibration for plans whose quality does not matter."""
     return [tokens(2, 48, seed=100 + i) for i in range(count)]
+
+
+def read(subject, cache, ids, sizes, start=0, mask=None):
+    """Logits of ids [B, T] from ``start`` on, so many at a time; a mask [B, T] says which are real."""
+    parts = []
+    with torch.no_grad(), kvsight.enable(subject):
+        for size in sizes:
+            more = {}
+            if mask is not None:
+                at = (mask.cumsum(1) - 1).clamp_min(0)
+                more = {
+                    "attention_mask": mask[:, : start + size],
+                    "position_ids": at[:, start : start + size],
+                }
+            piece = ids[:, start : start + size]
+            parts.append(subject(piece, past_key_values=cache, use_cache=True, **more).logits)
+            start += size
+    return torch.cat(parts, dim=1)
+
+
+def near(a, b):
+    """Whether logits are of the same codes, all but a few."""
+    # encoders round differently, so once in a while a code differs
+    return float((a - b).abs().median()) < 1e-4
