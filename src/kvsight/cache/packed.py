@@ -38,10 +38,12 @@ class Reads:
     def on_decode(self) -> None:
         """Count; warn the first time."""
         self.decoded += 1
-        self._say_once(
-            "attention decodes this cache on every read (correct, but slower and with more memory). If the "
-            "model has the attention interface, run it inside kvsight.enable(model)."
-        )
+        if self.decoded == 1:
+            warnings.warn(
+                "kvsight: attention decodes this cache on every read (correct, but slower and with more "
+                "memory). If the model has the attention interface, run it inside kvsight.enable(model).",
+                stacklevel=2,
+            )
 
     def on_rows(self) -> None:
         """Say the first time that a GPU decodes from rows where it could from tiles."""
